@@ -1,0 +1,103 @@
+"""Records of the control plane: providers, models, prices, apps and keys, and the commands that change them."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import msgspec
+
+ANY_MODEL = "*"
+
+
+class Provider(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A place where models run, as workers reach it."""
+
+    name: str
+    kind: str
+    """`llama_cpp`, `ollama` or `openai`."""
+    base_url: str | None = None
+    api_key_env: str | None = None
+    """Name of the environment variable, on the worker, that holds the key; the key itself is never in a record."""
+    options: dict[str, str | int | float | bool] = {}
+
+
+class Price(msgspec.Struct, frozen=True):
+    """Money for a million tokens of one model, from a moment on."""
+
+    version: int
+    input: Decimal
+    output: Decimal
+    cached: Decimal
+    currency: str = "USD"
+
+    def cost(self, prompt: int, cached: int, completion: int) -> Decimal:
+        """Exact cost of a request; `cached` prompt tokens are part of `prompt` and cost their own price."""
+        million = Decimal(1_000_000)
+        return ((prompt - cached) * self.input + cached * self.cached + completion * self.output) / million
+
+
+class Model(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A model that callers may name, and how to get it from its provider."""
+
+    id: str
+    provider: str
+    backend_tag: str
+    aliases: tuple[str, ...] = ()
+    context_length: int = 4096
+    """Tokens of prompt and completion together, of one request."""
+    max_concurrency: int = 4
+    pool: str = "default"
+    enabled: bool = True
+    preload: bool = True
+    default_max_tokens: int | None = None
+    """Cap on the completion of requests that name none; None lets the context be the cap."""
+    price: Price = Price(version=0, input=Decimal(0), output=Decimal(0), cached=Decimal(0))
+    created: int = 0
+    """Unix seconds of the record's first version."""
+
+
+class App(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A tenant: the unit of fairness, limits and billing."""
+
+    id: str
+    name: str
+    enabled: bool = True
+
+
+class Key(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An API key; only the SHA-256 of its text is kept."""
+
+    id: str
+    sha256: str
+    name: str
+    app: str
+    role: str = "member"
+    """`admin` may see every tenant's requests and change the control plane."""
+    allowed_models: tuple[str, ...] = (ANY_MODEL,)
+    enabled: bool = True
+    expires_at: float | None = None
+    """Unix seconds, or None for no expiry."""
+
+
+class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One change to the control plane, decided on by the control processor alone."""
+
+    id: str
+    kind: str
+    """`providers`, `models`, `apps` or `keys`: the compacted topic `control.<kind>` that will hold the result."""
+    key: str
+    """Natural key of the record: the provider's or model's name, the app's id, the API key's SHA-256."""
+    value: msgspec.Raw | None
+    """The record as JSON; None deletes it."""
+    actor: str = ""
+    reason: str = ""
+    at_ms: int = 0
+
+
+RECORDS: dict[str, type[Provider | Model | App | Key]] = {
+    "providers": Provider,
+    "models": Model,
+    "apps": App,
+    "keys": Key,
+}
+"""Type of the records of each kind."""

@@ -1,0 +1,374 @@
+"""Events of a request's life, as Kafka carries them: routed requests, worker commands, the request log, usage.
+
+All are JSON, so that any system can read them. Times are Unix milliseconds, durations are milliseconds.
+Unknown fields are ignored by readers; fields are only ever added, with a default.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from enum import StrEnum
+
+import msgspec
+
+from schemas.control import Model, Price, Provider
+
+
+NOTHING = msgspec.Raw()
+"""An absent JSON value. (`Raw | None` decodes as null only, so absence is the empty `Raw`, which is falsy.)"""
+
+
+class Status(StrEnum):
+    """The five ends of a request."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+
+
+class BodyRef(msgspec.Struct, frozen=True):
+    """Where in `inference.requests` a request's body stands."""
+
+    partition: int
+    offset: int
+
+
+class Routed(msgspec.Struct, omit_defaults=True):
+    """A request that the router admitted and gave to a pool (`inference.routed`, key: pool)."""
+
+    request_id: str
+    tenant: str
+    key_id: str
+    model: str
+    alias: str
+    """The model name as the caller wrote it."""
+    pool: str
+    reply_partition: int
+    ref: BodyRef
+    body: msgspec.Raw = NOTHING
+    """The OpenAI body as sent; `NOTHING` when it is larger than `INLINE_BODY_BYTES` and must be read through `ref`."""
+    stream: bool = False
+    prompt_tokens_estimate: int = 0
+    max_tokens: int | None = None
+    priority: str = "standard"
+    accepted_ms: int = 0
+    """Append time of the request in `inference.requests`, the broker's clock."""
+    routed_ms: int = 0
+    deadline_ms: int = 0
+    """Unix ms after which nobody waits for an answer."""
+    resume_s: int = 0
+    """Seconds that the request outlives its last caller."""
+    digest: str = ""
+    """SHA-256 of the body, to tell a duplicate from another request under the same id."""
+    price: Price | None = None
+    traceparent: str | None = None
+
+
+INLINE_BODY_BYTES = 64 * 1024
+
+
+class TermCommand(msgspec.Struct, tag_field="type", tag="term"):
+    """A scheduler took the pool; commands of lower terms are refused from here on."""
+
+    term: int
+    pool: str
+
+
+class LoadCommand(msgspec.Struct, tag_field="type", tag="load"):
+    """Make a model resident under a lease."""
+
+    term: int
+    boot: str
+    epoch: int
+    model: Model
+    provider: Provider
+
+
+class UnloadCommand(msgspec.Struct, tag_field="type", tag="unload"):
+    """Give a model's memory back."""
+
+    term: int
+    boot: str
+    epoch: int
+    model: str
+
+
+class GenerateCommand(msgspec.Struct, tag_field="type", tag="generate"):
+    """Answer a request as a given attempt, under a lease's epoch."""
+
+    term: int
+    boot: str
+    attempt: int
+    epoch: int
+    assigned_ms: int
+    request: Routed
+    first_seq: int = 0
+    """`seq` of the first frame that this attempt writes; it goes on across attempts."""
+
+
+class CancelCommand(msgspec.Struct, tag_field="type", tag="cancel"):
+    """End a running request."""
+
+    term: int
+    request_id: str
+    reason: str
+    status: Status = Status.CANCELLED
+
+
+Command = TermCommand | LoadCommand | UnloadCommand | GenerateCommand | CancelCommand
+
+
+class Usage(msgspec.Struct, omit_defaults=True):
+    """Token counts of a request, over all its choices."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    estimated: bool = False
+    """True where we counted because the provider did not say."""
+
+
+class ErrorInfo(msgspec.Struct, omit_defaults=True):
+    """An error in OpenAI's terms, with the HTTP status it is given before a stream has begun."""
+
+    status: int
+    code: str
+    message: str
+    type: str = "server_error"
+    param: str | None = None
+    retry_after_s: int | None = None
+
+
+class Timings(msgspec.Struct, omit_defaults=True):
+    """When a request passed each hop, Unix ms; 0 where it did not."""
+
+    accepted_ms: int = 0
+    routed_ms: int = 0
+    assigned_ms: int = 0
+    started_ms: int = 0
+    first_token_ms: int = 0
+    finished_ms: int = 0
+
+
+class AttemptOpened(msgspec.Struct, tag_field="type", tag="attempt_opened"):
+    """A scheduler opens attempt `attempt` (2 or higher: the first is implicit) of a request."""
+
+    request_id: str
+    tenant: str
+    attempt: int
+    epoch: int
+    worker: str
+    reason: str
+    at_ms: int
+
+
+class Terminal(msgspec.Struct, tag_field="type", tag="terminal", omit_defaults=True):
+    """How a request ended. The first one in `inference.log` that no higher attempt precedes decides."""
+
+    request_id: str
+    tenant: str
+    attempt: int
+    epoch: int
+    status: Status
+    key_id: str = ""
+    model: str = ""
+    alias: str = ""
+    pool: str = ""
+    provider: str = ""
+    worker: str = ""
+    stream: bool = False
+    reply_partition: int = 0
+    usage: Usage = msgspec.field(default_factory=Usage)
+    error: ErrorInfo | None = None
+    choices: msgspec.Raw = NOTHING
+    """The whole answer as OpenAI's non-streamed `choices`; `NOTHING` where nothing was generated."""
+    system_fingerprint: str | None = None
+    timings: Timings = msgspec.field(default_factory=Timings)
+    price: Price | None = None
+    last_seq: int = 0
+    """`seq` of the last frame written before the terminal frame."""
+
+
+LogRecord = AttemptOpened | Terminal
+
+
+class Stage(StrEnum):
+    """Lifecycle stages, in the order in which a request passes them."""
+
+    ACCEPTED = "accepted"
+    ROUTED = "routed"
+    QUEUED = "queued"
+    ASSIGNED = "assigned"
+    STARTED = "started"
+    FIRST_TOKEN = "first_token"
+    CANCEL_ASKED = "cancel_asked"
+    ATTEMPT_LOST = "attempt_lost"
+    DUPLICATE = "duplicate"
+    TERMINAL = "terminal"
+
+
+STAGE_RANK: dict[str, int] = {stage.value: rank for rank, stage in enumerate(Stage)}
+
+
+class LifecycleEvent(msgspec.Struct, omit_defaults=True):
+    """One step of a request (`inference.events`); informational, it decides nothing."""
+
+    request_id: str
+    tenant: str
+    stage: Stage
+    at_ms: int
+    role: str
+    instance: str
+    attempt: int = 1
+    epoch: int = 0
+    detail: dict[str, str | int | float | bool] = {}
+
+
+class Cancellation(msgspec.Struct, omit_defaults=True):
+    """A wish to end a request (`inference.cancellations`); it may overtake the request itself."""
+
+    request_id: str
+    tenant: str
+    reason: str
+    at_ms: int
+    by: str = ""
+
+
+class UsageEvent(msgspec.Struct, omit_defaults=True):
+    """What one request cost (`usage.events`): one a request, under a deterministic id."""
+
+    usage_id: str
+    request_id: str
+    tenant: str
+    key_id: str
+    model: str
+    alias: str
+    provider: str
+    worker: str
+    status: Status
+    attempts: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    estimated: bool
+    price_version: int
+    currency: str
+    cost: Decimal
+    stream: bool
+    accepted_ms: int
+    finished_ms: int
+    queue_ms: int
+    ttft_ms: int
+    generation_ms: int
+
+
+class LeaseEvent(msgspec.Struct, omit_defaults=True):
+    """A step of a lease's life (`vram.leases`, key: `lease_id/term` on the pool's partition)."""
+
+    lease_id: str
+    pool: str
+    term: int
+    worker: str
+    model: str
+    state: str
+    """`granted`, `loading`, `active`, `draining`, `releasing`, `free`, `lost` or `quarantined`."""
+    at_ms: int
+    epoch: int = -1
+    """Offset of the lease's `granted` record; -1 in that record itself, whose offset is the epoch."""
+    boot: str = ""
+    bytes: int = 0
+    reason: str = ""
+
+
+class RunningAttempt(msgspec.Struct, array_like=True):
+    """An attempt that a worker is generating."""
+
+    request_id: str
+    attempt: int
+    epoch: int
+
+
+class Resident(msgspec.Struct, omit_defaults=True):
+    """A model that a worker holds, is loading, or failed to load."""
+
+    model: str
+    epoch: int
+    state: str
+    """`loading`, `active` or `failed`."""
+    bytes: int = 0
+    error: str = ""
+
+
+class WorkerStatus(msgspec.Struct, omit_defaults=True):
+    """A worker's heartbeat (`worker.status`, key: worker)."""
+
+    worker: str
+    boot: str
+    pool: str
+    term: int
+    """Highest term seen on the command topic; everything before it there has been handled."""
+    at_ms: int
+    providers: list[str]
+    resident: list[Resident] = []
+    running: list[RunningAttempt] = []
+    stopping: bool = False
+
+
+class PoolStatus(msgspec.Struct, omit_defaults=True):
+    """What an ingress needs to know of a pool before it accepts (`pool.status`, key: pool)."""
+
+    pool: str
+    term: int
+    at_ms: int
+    ready_models: list[str]
+    """Models that a live worker holds."""
+    servable_models: list[str]
+    """Models that some live worker could serve."""
+    queued: int = 0
+    running: int = 0
+    estimated_wait_ms: int = 0
+    workers: list[str] = []
+
+
+class PoolTerm(msgspec.Struct):
+    """A scheduler takes a pool (`pool.terms`, key: pool); the record's offset is its term."""
+
+    pool: str
+    instance: str
+    at_ms: int
+
+
+class LiveRequest(msgspec.Struct, omit_defaults=True):
+    """A request that has no terminal yet, as its scheduler must know it after a restart (`scheduler.live`)."""
+
+    request_id: str
+    tenant: str
+    pool: str
+    model: str
+    routed_partition: int
+    routed_offset: int
+    """Where in `inference.routed` the whole routed record stands."""
+    accepted_ms: int
+    digest: str
+    reply_partition: int
+    attempt: int = 0
+    """0 while queued."""
+    worker: str = ""
+    boot: str = ""
+    epoch: int = 0
+
+
+class DeadLetter(msgspec.Struct, omit_defaults=True):
+    """Why a message is in `dead.letters`; its own bytes are the record's value, this is in the headers."""
+
+    source_topic: str
+    partition: int
+    offset: int
+    reason: str
+    role: str
+    at_ms: int
+    times_seen: int = 1
