@@ -1,0 +1,1 @@
+"""The stream's contracts: catalogue of topics, envelope, frames, request log, clients, dead letters."""

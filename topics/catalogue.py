@@ -1,0 +1,228 @@
+"""The catalogue of topics: the one place that says which topics exist, how they are keyed, kept and sized.
+
+`headrace topics apply` makes the broker match it; `headrace topics docs` writes AsyncAPI and JSON Schemas from it.
+Partition counts of ordered topics never change: order and fences live within a partition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from schemas import control, events
+
+MAX_BODY_BYTES = 8 * 1024 * 1024
+"""Largest request body that an ingress or a direct publisher may send."""
+MAX_RESULT_BYTES = 16 * 1024 * 1024
+"""Largest answer that a terminal record may hold."""
+HEADROOM_BYTES = 1024 * 1024
+"""Room for headers, the record batch and the dead-letter wrap."""
+MAX_MESSAGE_BYTES = MAX_RESULT_BYTES + HEADROOM_BYTES
+"""Largest message of any topic; producers and consumers are built for it."""
+
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """One topic. `retention_ms` None keeps for ever; `schema` is the msgspec type of the value, None for raw bytes."""
+
+    name: str
+    partitions: int
+    key: str
+    carries: str
+    schema: object | None = None
+    cleanup: str = "delete"
+    retention_ms: int | None = None
+    max_message_bytes: int = 1024 * 1024
+    append_time: bool = False
+    """Whether the broker's clock stamps records (`LogAppendTime`)."""
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def config(self) -> dict[str, str]:
+        """The topic's configuration on the broker."""
+        settings = {
+            "cleanup.policy": self.cleanup,
+            "max.message.bytes": str(self.max_message_bytes),
+            "message.timestamp.type": "LogAppendTime" if self.append_time else "CreateTime",
+        }
+        if "delete" in self.cleanup:
+            settings["retention.ms"] = str(self.retention_ms if self.retention_ms is not None else -1)
+        if self.retention_ms is not None and "delete" in self.cleanup:
+            settings["segment.ms"] = str(min(self.retention_ms // 4, DAY_MS))
+        elif "compact" in self.cleanup:
+            settings["segment.ms"] = str(6 * HOUR_MS)
+        return settings | self.extra
+
+
+SIX = 6
+"""Six partitions spread evenly over 1, 2, 3 or 6 members of a group, and cost an idle broker little."""
+
+REQUESTS = Topic(
+    "inference.requests",
+    SIX,
+    "request_id",
+    "The OpenAI body as sent; the envelope stands in the headers.",
+    retention_ms=DAY_MS,
+    max_message_bytes=MAX_BODY_BYTES + HEADROOM_BYTES,
+    append_time=True,
+)
+ROUTED = Topic(
+    "inference.routed",
+    8,
+    "pool",
+    "Admitted requests; a partition is the unit of scheduler ownership, so 8 pools run apart.",
+    schema=events.Routed,
+    retention_ms=DAY_MS,
+    append_time=True,
+)
+REPLIES = Topic(
+    "inference.replies",
+    8,
+    "explicit partition",
+    "Frames of deltas and fences; an ingress replica reads one partition.",
+    retention_ms=HOUR_MS,
+    max_message_bytes=MAX_MESSAGE_BYTES,
+    append_time=True,
+)
+LOG = Topic(
+    "inference.log",
+    SIX,
+    "request_id",
+    "Attempts and terminals: what decides.",
+    schema=events.LogRecord,
+    retention_ms=7 * DAY_MS,
+    max_message_bytes=MAX_MESSAGE_BYTES,
+    append_time=True,
+)
+EVENTS = Topic(
+    "inference.events",
+    SIX,
+    "request_id",
+    "Lifecycle steps; informational.",
+    schema=events.LifecycleEvent,
+    retention_ms=7 * DAY_MS,
+)
+CANCELLATIONS = Topic(
+    "inference.cancellations",
+    1,
+    "request_id",
+    "Wishes to end a request; every scheduler reads them all, so one partition.",
+    schema=events.Cancellation,
+    retention_ms=DAY_MS,
+    append_time=True,
+)
+USAGE = Topic(
+    "usage.events",
+    SIX,
+    "tenant",
+    "One metered usage a request; kept for ever, it is money.",
+    schema=events.UsageEvent,
+)
+POOL_TERMS = Topic(
+    "pool.terms",
+    1,
+    "pool",
+    "A record's offset is the term of the scheduler that wrote it; one partition, so terms compare.",
+    schema=events.PoolTerm,
+    cleanup="compact",
+)
+LEASES = Topic(
+    "vram.leases",
+    1,
+    "lease_id/term",
+    "Leases; a granted record's offset is its epoch; one partition, so epochs compare.",
+    schema=events.LeaseEvent,
+    cleanup="compact",
+)
+LIVE = Topic(
+    "scheduler.live",
+    8,
+    "request_id",
+    "Requests without a terminal, on the partition number of their pool's routed records.",
+    schema=events.LiveRequest,
+    cleanup="compact",
+    extra={"delete.retention.ms": str(DAY_MS)},
+)
+POOL_STATUS = Topic(
+    "pool.status",
+    1,
+    "pool",
+    "Readiness and backlog of pools, for ingress.",
+    schema=events.PoolStatus,
+    cleanup="compact,delete",
+    retention_ms=HOUR_MS,
+)
+WORKER_STATUS = Topic(
+    "worker.status",
+    1,
+    "worker",
+    "Heartbeats of workers, for schedulers.",
+    schema=events.WorkerStatus,
+    cleanup="compact,delete",
+    retention_ms=HOUR_MS,
+)
+CONTROL_COMMANDS = Topic(
+    "control.commands",
+    1,
+    "kind/key",
+    "Wishes to change the control plane; one partition, so one order.",
+    schema=control.ControlCommand,
+    retention_ms=7 * DAY_MS,
+)
+CONTROL_PROVIDERS = Topic(
+    "control.providers",
+    1,
+    "name",
+    "Providers in force.",
+    schema=control.Provider,
+    cleanup="compact",
+)
+CONTROL_MODELS = Topic("control.models", 1, "id", "Models in force.", schema=control.Model, cleanup="compact")
+CONTROL_APPS = Topic("control.apps", 1, "id", "Apps (tenants) in force.", schema=control.App, cleanup="compact")
+CONTROL_KEYS = Topic("control.keys", 1, "sha256", "API keys in force.", schema=control.Key, cleanup="compact")
+CONTROL_PRICES = Topic(
+    "control.prices",
+    1,
+    "model/version",
+    "Every price that ever was in force; money, so kept for ever.",
+    schema=control.Price,
+    cleanup="compact",
+)
+DEAD_LETTERS = Topic(
+    "dead.letters",
+    1,
+    "source topic",
+    "Messages that could not be handled, as they were; the reason is in the headers.",
+    retention_ms=14 * DAY_MS,
+    max_message_bytes=MAX_MESSAGE_BYTES + HEADROOM_BYTES,
+)
+
+CATALOGUE: tuple[Topic, ...] = (
+    REQUESTS, ROUTED, REPLIES, LOG, EVENTS, CANCELLATIONS, USAGE,
+    POOL_TERMS, LEASES, LIVE, POOL_STATUS, WORKER_STATUS,
+    CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_KEYS, CONTROL_PRICES,
+    DEAD_LETTERS,
+)  # fmt: skip
+
+
+def worker_commands(worker_id: str) -> Topic:
+    """The command topic of one worker; forgetting a worker deletes its topic."""
+    return Topic(
+        f"worker.{worker_id}.commands",
+        1,
+        "none",
+        "Terms, loads, generates and cancels for one worker, in one order.",
+        schema=events.Command,
+        retention_ms=HOUR_MS,
+        append_time=True,
+    )
+
+
+CONTROL_RECORDS: dict[str, Topic] = {
+    "providers": CONTROL_PROVIDERS,
+    "models": CONTROL_MODELS,
+    "apps": CONTROL_APPS,
+    "keys": CONTROL_KEYS,
+}
+"""The compacted topic of each kind of control record."""

@@ -1,0 +1,160 @@
+"""Kafka clients as every role builds them: an idempotent producer, and consumers without a group that read whole logs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from types import TracebackType
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.structs import RecordMetadata
+
+from topics.catalogue import MAX_MESSAGE_BYTES, Topic
+
+Record = ConsumerRecord[bytes | None, bytes | None]
+
+
+class Producer:
+    """An idempotent producer with `acks=all`. `send` returns when the brokers have acknowledged.
+
+    An unacknowledged write raises `aiokafka.errors.KafkaError`; an agent then ends its process, so that the event is
+    delivered again.
+    """
+
+    def __init__(self, bootstrap: str, client_id: str, *, request_timeout_s: float = 15.0) -> None:
+        self._inner = AIOKafkaProducer(
+            bootstrap_servers=bootstrap,
+            client_id=client_id,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=0,
+            max_request_size=MAX_MESSAGE_BYTES + 1024 * 1024,
+            max_batch_size=1024 * 1024,
+            request_timeout_ms=int(request_timeout_s * 1000),
+        )
+
+    async def start(self) -> None:
+        """Connect. Raises `KafkaConnectionError` when no broker answers."""
+        await self._inner.start()
+
+    async def stop(self) -> None:
+        """Send what is buffered, then close."""
+        await self._inner.stop()
+
+    async def partitions(self, topic: str) -> int:
+        """Number of partitions of a topic."""
+        return len(await self._inner.partitions_for(topic))
+
+    async def send(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> RecordMetadata:
+        """Write one record and wait until it is durable."""
+        return await (await self.post(topic, value, key=key, partition=partition, headers=headers))
+
+    async def post(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> asyncio.Future[RecordMetadata]:
+        """Put one record into the send buffer; the future resolves when it is durable."""
+        future: asyncio.Future[RecordMetadata] = await self._inner.send(
+            topic,
+            value,
+            key=key.encode() if key is not None else None,
+            partition=partition,
+            headers=list(headers),
+        )
+        return future
+
+    async def __aenter__(self) -> Producer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+
+def make_consumer(bootstrap: str, client_id: str, *, max_wait_ms: int = 1000) -> AIOKafkaConsumer:
+    """A consumer without a group, to be assigned by hand."""
+    return AIOKafkaConsumer(
+        bootstrap_servers=bootstrap,
+        client_id=client_id,
+        group_id=None,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        fetch_max_wait_ms=max_wait_ms,
+        max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
+    )
+
+
+class LogReader:
+    """Reads topics from chosen positions, without a group: for tails, warm-ups, look-ups and rebuilds."""
+
+    def __init__(self, bootstrap: str, client_id: str, *, max_wait_ms: int = 1000) -> None:
+        self.consumer = make_consumer(bootstrap, client_id, max_wait_ms=max_wait_ms)
+
+    async def start(self) -> None:
+        """Connect. Raises `KafkaConnectionError` when no broker answers."""
+        await self.consumer.start()
+
+    async def stop(self) -> None:
+        """Close."""
+        await self.consumer.stop()
+
+    async def __aenter__(self) -> LogReader:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    def assign(self, topics: Iterable[Topic], partitions: Iterable[int] | None = None) -> list[TopicPartition]:
+        """Assign all (or the named) partitions of some topics, as many as the catalogue says."""
+        wanted = None if partitions is None else set(partitions)
+        assignment = [
+            TopicPartition(topic.name, partition)
+            for topic in topics
+            for partition in range(topic.partitions)
+            if wanted is None or partition in wanted
+        ]
+        self.consumer.assign(assignment)
+        return assignment
+
+    async def seek_to_time(self, assignment: Sequence[TopicPartition], since_ms: int) -> None:
+        """Position each partition at its first record of `since_ms` (Unix ms) or later; at its end if there is none."""
+        found = await self.consumer.offsets_for_times(dict.fromkeys(assignment, since_ms))
+        ends = await self.consumer.end_offsets(list(assignment))
+        for partition in assignment:
+            at = found.get(partition)
+            self.consumer.seek(partition, at.offset if at is not None else ends[partition])
+
+    async def read_to_end(self, assignment: Sequence[TopicPartition]) -> AsyncIterator[Record]:
+        """Every record from the current positions to the ends as they are now; then stop."""
+        ends = await self.consumer.end_offsets(list(assignment))
+        open_ = set()
+        for partition in assignment:
+            if await self.consumer.position(partition) < ends[partition]:
+                open_.add(partition)
+        while open_:
+            batches = await self.consumer.getmany(*open_, timeout_ms=1000)
+            for partition, records in batches.items():
+                for record in records:
+                    if record.offset < ends[partition]:
+                        yield record
+            for partition in list(open_):
+                if await self.consumer.position(partition) >= ends[partition]:
+                    open_.discard(partition)
