@@ -1,0 +1,189 @@
+"""One stack from nothing to ready and back: parts in parallel, then topics and tables, then the roles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from deploy.embedded import leftovers, probes, roles, stack
+from deploy.embedded.infra import Infrastructure, StartFailed
+from deploy.embedded.keys import admin_key
+from deploy.embedded.ports import PortBook, is_free
+from deploy.embedded.supervisor import OneShotFailed, Supervisor
+from headrace import __version__
+
+_READY_SECONDS = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class StackOptions:
+    """What `headrace up` was asked for."""
+
+    data_dir: Path
+    host: str
+    port: int
+    """Of the first ingress; 0 takes a free one."""
+    config: Path | None
+    replicas: Mapping[str, int]
+    """Processes of each role; empty runs Kafka, Valkey and ClickHouse alone, as tests of one role want them."""
+    admin_key: str | None
+    drain_seconds: float
+
+
+def serve(options: StackOptions, *, ready: Callable[[str], None], report: Callable[[str], None]) -> int:
+    """Run a stack until SIGTERM or SIGINT and return 0; `ready` gets the ingress' URL, `report` lines for a person.
+
+    Raises StartFailed, stack.StackRunning.
+    """
+    data = options.data_dir.resolve()
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    (data / "logs").mkdir(exist_ok=True)
+    with stack.StackLock(data):
+        leftovers.end(stack.left_behind(data), report)
+        if options.port and not is_free(options.host, options.port):
+            raise StartFailed(
+                f"port {options.port} of {options.host} is in use by another program: stop it, or pass another --port"
+            )
+        try:
+            return asyncio.run(_Stack(replace(options, data_dir=data), ready, report).run())
+        finally:
+            stack.remove(data)
+
+
+class _Stack:
+    def __init__(self, options: StackOptions, ready: Callable[[str], None], report: Callable[[str], None]) -> None:
+        self._options = options
+        self._announce = ready
+        self._tell = report
+        self._data = options.data_dir
+        self._logs = options.data_dir / "logs"
+        self._began = time.monotonic()
+        self._signals = 0
+        self._stop = asyncio.Event()
+        self._admin_key, made = admin_key(self._data, options.admin_key)
+        if made:
+            report(f"admin key (shown once, kept in {self._data / 'admin.key'}): {self._admin_key}")
+        book = PortBook(self._data / "ports.json")
+        first = options.port or book.port("ingress-1", options.host)
+        more = range(2, options.replicas.get("ingress", 1) + 1)
+        self._ingress_ports = [first, *(book.port(f"ingress-{index}", options.host) for index in more)]
+        book.save()
+        self._supervisor = Supervisor(self._logs, self._record, self._report)
+        self._parts = Infrastructure(self._data, book, self._supervisor, self._report)
+        self._endpoints = self._locate()
+
+    async def run(self) -> int:
+        """Start, wait for a signal, stop."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        self._supervisor.open()
+        starting = asyncio.create_task(self._start())
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                starting.result()
+                await stopping
+            return 0
+        except OneShotFailed as error:
+            raise StartFailed(str(error)) from error
+        finally:
+            for task in (starting, stopping):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, StartFailed, OneShotFailed):
+                    await task
+            await self._shut_down()
+
+    async def _start(self) -> None:
+        await asyncio.gather(self._start_broker(), self._start_tables(), self._parts.start_valkey())
+        if self._options.replicas:
+            await self._start_roles()
+        self._endpoints = replace(self._endpoints, ready=True)
+        self._record()
+        self._announce(self._endpoints.url)
+
+    async def _start_roles(self) -> None:
+        environment = self._environment()
+        for role in roles.START_ORDER:
+            for index in range(1, self._options.replicas[role] + 1):
+                own = {"HEADRACE_PORT": str(self._ingress_ports[index - 1])} if role == "ingress" else {}
+                self._supervisor.start(
+                    roles.role_spec(role, index, {**environment, **own}, self._options.drain_seconds)
+                )
+        # The control role answers it, so that it runs beside the roles' start.
+        await self._once("apply", ("apply",))
+        await self._wait_ready()
+
+    async def _start_broker(self) -> None:
+        await self._parts.start_kafka()
+        if self._options.replicas:
+            await self._once("topics-apply", ("topics", "apply"))
+
+    async def _start_tables(self) -> None:
+        await self._parts.start_clickhouse()
+        if self._options.replicas:
+            await self._once("migrate", ("migrate",))
+
+    async def _once(self, name: str, arguments: tuple[str, ...]) -> None:
+        await self._supervisor.run_once(roles.command_spec(name, arguments, self._environment()))
+        self._report(f"{' '.join(arguments)} done")
+
+    async def _wait_ready(self) -> None:
+        for url in self._endpoints.ingress_urls:
+            if not await probes.until(partial(probes.http_answers, f"{url}/health/ready"), _READY_SECONDS, pause=0.1):
+                raise StartFailed(f"{url}/health/ready is not 200 after {_READY_SECONDS:.0f} s: see {self._logs}")
+
+    async def _shut_down(self) -> None:
+        for role in roles.STOP_ORDER:
+            await self._supervisor.stop(
+                f"{role}-{index}" for index in range(1, self._options.replicas.get(role, 0) + 1)
+            )
+        await self._parts.stop()
+        await self._supervisor.close()
+        self._report("stopped")
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        self._stop.set()
+        if self._signals == 1:
+            self._report("stopping: running work may finish; once more to stop now")
+        else:
+            self._supervisor.hurry()
+
+    def _locate(self) -> stack.Endpoints:
+        shown = "127.0.0.1" if self._options.host in ("0.0.0.0", "::", "") else self._options.host
+        shown = f"[{shown}]" if ":" in shown else shown
+        urls = [f"http://{shown}:{port}" for port in self._ingress_ports]
+        return stack.Endpoints(
+            pid=os.getpid(),
+            version=__version__,
+            started_at=time.time(),
+            data_dir=str(self._data),
+            url=urls[0],
+            host=self._options.host,
+            port=self._ingress_ports[0],
+            ingress_urls=urls,
+            kafka_bootstrap=self._parts.kafka_bootstrap,
+            redis_url=self._parts.redis_url,
+            clickhouse_url=self._parts.clickhouse_url,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        own = {"HEADRACE_ADMIN_KEY": self._admin_key, "HEADRACE_HOST": self._options.host}
+        if self._options.config:
+            own["HEADRACE_CONFIG"] = str(self._options.config.resolve())
+        return {**self._endpoints.environment(), **own}
+
+    def _record(self) -> None:
+        stack.write(replace(self._endpoints, children=self._supervisor.records()))
+
+    def _report(self, line: str) -> None:
+        self._tell(f"{time.monotonic() - self._began:5.1f} s  {line}")

@@ -1,0 +1,66 @@
+"""Whether a part answers: the cheapest question each of them knows, over a plain socket."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+_TIMEOUT = 5.0
+
+
+async def _ask(host: str, port: int, question: bytes) -> bytes:
+    async with asyncio.timeout(_TIMEOUT):
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            writer.write(question)
+            await writer.drain()
+            return await reader.read(4096)
+        finally:
+            writer.close()
+
+
+async def kafka_answers(bootstrap: str) -> bool:
+    """Whether a broker answers ApiVersions (version 0) at `host:port`."""
+    host, _, port = bootstrap.partition(":")
+    correlation = 7
+    body = struct.pack(">hhih", 18, 0, correlation, -1)
+    try:
+        answer = await _ask(host, int(port), struct.pack(">i", len(body)) + body)
+    except (OSError, TimeoutError):
+        return False
+    return len(answer) >= 10 and struct.unpack_from(">ih", answer, 4) == (correlation, 0)
+
+
+async def valkey_answers(url: str) -> bool:
+    """Whether a Redis-like server at a `redis://` URL says PONG."""
+    parts = urlsplit(url)
+    login = f"AUTH {parts.password}\r\n" if parts.password else ""
+    try:
+        answer = await _ask(parts.hostname or "127.0.0.1", parts.port or 6379, f"{login}PING\r\n".encode())
+        return b"+PONG" in answer or (answer == b"+OK\r\n" and bool(login))
+    except (OSError, TimeoutError):
+        return False
+
+
+async def http_answers(url: str) -> bool:
+    """Whether a GET of an `http://` URL is answered by 200."""
+    parts = urlsplit(url)
+    question = f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.hostname}\r\nConnection: close\r\n\r\n"
+    try:
+        answer = await _ask(parts.hostname or "127.0.0.1", parts.port or 80, question.encode())
+    except (OSError, TimeoutError):
+        return False
+    return answer.split(b" ", 2)[1:2] == [b"200"]
+
+
+async def until(answers: Callable[[], Awaitable[bool]], deadline: float, pause: float = 0.05) -> bool:
+    """Ask again and again until the answer is yes; False after `deadline` seconds."""
+    try:
+        async with asyncio.timeout(deadline):
+            while not await answers():  # noqa: ASYNC110 - what is waited for is in another process
+                await asyncio.sleep(pause)
+    except TimeoutError:
+        return False
+    return True

@@ -1,0 +1,57 @@
+"""The roles of a stack as children: what each is told by its environment, and in which order they end."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploy.embedded.child import ChildSpec
+
+START_ORDER = ("control", "router", "scheduler", "metering", "sink", "worker", "ingress")
+STOP_ORDER = ("ingress", "worker", "scheduler", "router", "metering", "sink", "control")
+"""Callers are let go first, then work runs out along the stream; what counts and stores it ends last."""
+_DRAINING = ("ingress", "worker")
+_SPARE_SECONDS = 5.0
+
+
+class BadReplicas(ValueError):
+    """A `role=N` that names no role, or no count from 1 to 16; the text says which."""
+
+
+def parse_replicas(wishes: list[str]) -> dict[str, int]:
+    """`["ingress=2"]` to a count for every role; 1 for those not named. Raises BadReplicas."""
+    counts = dict.fromkeys(START_ORDER, 1)
+    for wish in wishes:
+        role, _, number = wish.partition("=")
+        if role not in counts:
+            raise BadReplicas(f"{wish!r}: {role!r} is none of {', '.join(START_ORDER)}")
+        if not number.isdecimal() or not 1 <= int(number) <= 16:
+            raise BadReplicas(f"{wish!r}: the count must be a number from 1 to 16")
+        counts[role] = int(number)
+    return counts
+
+
+def headrace_command() -> tuple[str, ...]:
+    """The `headrace` console script beside this interpreter, or the same by module where it is not installed."""
+    script = Path(sys.executable).parent / "headrace"
+    return (str(script),) if script.exists() else (sys.executable, "-c", "from headrace.cli import main; main()")
+
+
+def role_spec(role: str, index: int, environment: Mapping[str, str], drain_seconds: float) -> ChildSpec:
+    """Replica `index` (from 1) of a role. Its instance name stays the same over restarts: Kafka then knows it again."""
+    name = f"{role}-{index}"
+    own = {"HEADRACE_INSTANCE": name, "MALLOC_ARENA_MAX": "2"}
+    if role == "worker":
+        own["HEADRACE_WORKER_ID"] = f"w{index}"
+    return ChildSpec(
+        name,
+        (*headrace_command(), "run", role),
+        env={**environment, **own},
+        stop_seconds=_SPARE_SECONDS + (drain_seconds if role in _DRAINING else _SPARE_SECONDS),
+    )
+
+
+def command_spec(name: str, arguments: tuple[str, ...], environment: Mapping[str, str]) -> ChildSpec:
+    """A `headrace` command that runs once while the stack starts."""
+    return ChildSpec(name, (*headrace_command(), *arguments), env=environment)

