@@ -1,0 +1,94 @@
+"""Making the control plane match `headrace.toml`: which commands that takes, and sending them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from headrace.api_keys import ADMIN_ID, admin_record
+from headrace.config import DEFAULT_APP, Config
+from headrace.control_client import ControlPlane, command, control_client, deletion
+from headrace.settings import Settings
+from schemas.control import App, ControlCommand, Model
+
+ACTOR = "headrace apply"
+
+
+def plan(current: ControlPlane, config: Config, admin_key: str) -> list[ControlCommand]:
+    """The commands, in order, after which the control plane is as the configuration says; none when it is already.
+
+    Every step is valid by itself: a name is given up by one model before another takes it, a provider is there before
+    its models and goes after them.
+    """
+    models = {model.id: model.record() for model in config.models}
+    providers = {provider.name: provider.record() for provider in config.providers}
+    commands: list[ControlCommand] = []
+    if DEFAULT_APP not in current.apps:
+        commands.append(command(App(id=DEFAULT_APP, name="Default"), actor=ACTOR))
+    commands += _admin_key(current, admin_key)
+    commands += [command(new, actor=ACTOR) for name, new in providers.items() if current.providers.get(name) != new]
+    for old in current.models.values():
+        if old.id not in models and old.enabled:
+            reason = "no longer in the configuration"
+            commands.append(command(msgspec.structs.replace(old, enabled=False), actor=ACTOR, reason=reason))
+    commands += _released_names(current, models)
+    for model in models.values():
+        if not same_model(current.models.get(model.id), model):
+            commands.append(command(model, actor=ACTOR))
+    commands += [
+        deletion("providers", name, actor=ACTOR, reason="no longer in the configuration")
+        for name in current.providers
+        if name not in providers
+    ]
+    return commands
+
+
+def _admin_key(current: ControlPlane, admin_key: str) -> list[ControlCommand]:
+    wanted = admin_record(admin_key, DEFAULT_APP)
+    commands = [] if current.keys.get(wanted.sha256) == wanted else [command(wanted, actor=ACTOR)]
+    for key in current.keys.values():
+        if key.id.startswith(ADMIN_ID) and key.sha256 != wanted.sha256 and key.enabled:
+            replaced = msgspec.structs.replace(key, enabled=False)
+            commands.append(command(replaced, actor=ACTOR, reason="replaced by another admin key"))
+    return commands
+
+
+def _released_names(current: ControlPlane, models: Mapping[str, Model]) -> list[ControlCommand]:
+    """Commands that take aliases away from models which another one is going to have."""
+    claims = {name: model.id for model in models.values() for name in (model.id, *model.aliases)}
+    commands = []
+    for old in current.models.values():
+        if old.id not in models or not old.enabled:
+            continue
+        kept = tuple(alias for alias in old.aliases if claims.get(alias, old.id) == old.id)
+        if kept != old.aliases:
+            commands.append(command(msgspec.structs.replace(old, aliases=kept), actor=ACTOR, reason="its name moves"))
+    return commands
+
+
+def same_model(current: Model | None, wanted: Model) -> bool:
+    """Whether a model in force is the wanted one, but for what the control processor sets."""
+    if current is None:
+        return False
+    price = msgspec.structs.replace(wanted.price, version=current.price.version)
+    return msgspec.structs.replace(wanted, price=price, created=current.created) == current
+
+
+async def apply_config(settings: Settings, config: Config, *, admin_key: str, timeout: float = 30.0) -> list[str]:
+    """Make the control plane match the configuration and wait until it is in force; says what was changed.
+
+    Raises `CommandsRefused` or `Unavailable`.
+    """
+    async with control_client(settings, timeout=timeout) as client:
+        current = await client.read()
+        commands = plan(current, config, admin_key)
+        await client.submit(commands)
+    names = {key.sha256: f"{key.name} ({key.id})" for key in current.keys.values()}
+    return [_say(sent, names) for sent in commands]
+
+
+def _say(sent: ControlCommand, names: Mapping[str, str]) -> str:
+    what = names.get(sent.key, "admin") if sent.kind == "keys" else sent.key
+    verb = "delete" if sent.value is None else "set"
+    return f"{verb} {sent.kind[:-1]} {what}" + (f" ({sent.reason})" if sent.reason else "")

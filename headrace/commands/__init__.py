@@ -1,0 +1,1 @@
+"""Commands of the `headrace` command line, a module a subject; each has `register(app)`."""

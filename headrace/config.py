@@ -1,0 +1,252 @@
+"""`headrace.toml`: which providers there are and which models they serve, validated before anything is started."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from headrace.toml_lines import line_of, locate
+from schemas import control
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
+DEFAULT_APP = "default"
+_MAX_NAME = 128
+_SECRET_OPTION = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
+
+
+class ConfigError(Exception):
+    """The file is wrong. The message has a line for each fault: file, line, field, and what to do."""
+
+
+def _decimal(value: object) -> object:
+    if isinstance(value, float):
+        raise ValueError(  # pydantic turns a ValueError into a fault of this field
+            f'write money as a string, so that it stays exact: "{value:g}"'
+        )
+    return value
+
+
+Money = Annotated[Decimal, BeforeValidator(_decimal), Field(ge=0, max_digits=20, decimal_places=10)]
+Name = Annotated[str, Field(pattern=NAME, max_length=_MAX_NAME)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class PriceConfig(_Strict):
+    """Money for a million tokens. `cached` prompt tokens cost as much as others unless said."""
+
+    input: Money
+    output: Money
+    cached: Money | None = None
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+
+    def record(self) -> control.Price:
+        """The price as a control record; the control processor gives it its version."""
+        cached = self.input if self.cached is None else self.cached
+        return control.Price(0, input=self.input, output=self.output, cached=cached, currency=self.currency)
+
+
+class ProviderConfig(_Strict):
+    """A place where models run."""
+
+    name: Name
+    kind: Literal["llama_cpp", "ollama", "openai"]
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] | None = None
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    options: dict[str, bool | int | float | str] = {}
+
+    @model_validator(mode="after")
+    def _coherent(self) -> ProviderConfig:
+        if self.kind == "openai" and self.base_url is None:
+            raise ValueError('base_url: a provider of kind "openai" needs one, e.g. "http://127.0.0.1:9000/v1"')
+        if self.kind == "llama_cpp" and self.base_url is not None:
+            raise ValueError('base_url: a provider of kind "llama_cpp" starts its own servers and takes none')
+        for option in self.options:
+            if _SECRET_OPTION.search(option):
+                raise ValueError(f"options.{option}: no secrets in here, they would stand in Kafka; use api_key_env")
+        return self
+
+    def record(self) -> control.Provider:
+        """The provider as a control record."""
+        return control.Provider(
+            name=self.name,
+            kind=self.kind,
+            base_url=self.base_url.rstrip("/") if self.base_url is not None else None,
+            api_key_env=self.api_key_env,
+            options=self.options,
+        )
+
+
+class ModelConfig(_Strict):
+    """A model that callers may name."""
+
+    id: Name
+    provider: Name
+    backend_tag: Annotated[str, Field(min_length=1)]
+    aliases: tuple[Name, ...] = ()
+    context_length: Annotated[int, Field(ge=16, le=16_777_216)] = 4096
+    max_concurrency: Annotated[int, Field(ge=1, le=4096)] = 4
+    pool: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)] = "default"
+    enabled: bool = True
+    preload: bool = True
+    default_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    price: PriceConfig = PriceConfig(input=Decimal(0), output=Decimal(0))
+
+    @model_validator(mode="after")
+    def _coherent(self) -> ModelConfig:
+        if self.default_max_tokens is not None and self.default_max_tokens >= self.context_length:
+            raise ValueError(f"default_max_tokens: must be below context_length, {self.context_length}")
+        return self
+
+    def record(self) -> control.Model:
+        """The model as a control record; the control processor sets price version and creation time."""
+        return control.Model(
+            id=self.id,
+            provider=self.provider,
+            backend_tag=self.backend_tag,
+            aliases=self.aliases,
+            context_length=self.context_length,
+            max_concurrency=self.max_concurrency,
+            pool=self.pool,
+            enabled=self.enabled,
+            preload=self.preload,
+            default_max_tokens=self.default_max_tokens,
+            price=self.price.record(),
+        )
+
+
+class Config(_Strict):
+    """All that `headrace.toml` says."""
+
+    providers: tuple[ProviderConfig, ...] = ()
+    models: tuple[ModelConfig, ...] = ()
+
+
+def default_config() -> Config:
+    """What is served without a file: the small model that the package index ships, on llama.cpp."""
+    return Config(
+        providers=(ProviderConfig(name="local", kind="llama_cpp"),),
+        models=(
+            ModelConfig(
+                id="smollm2",
+                provider="local",
+                backend_tag="SmolLM2-135M-Instruct",
+                aliases=("gpt-4o-mini",),
+                context_length=2048,
+                max_concurrency=4,
+                price=PriceConfig(input=Decimal("0.10"), output=Decimal("0.40")),
+            ),
+        ),
+    )
+
+
+def load_config(path: Path | None) -> Config:
+    """The configuration in a file, or the default one for None. Raises `ConfigError`."""
+    if path is None:
+        return default_config()
+    try:
+        source = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 (byte {error.start})") from None
+    return parse_config(source, str(path))
+
+
+def parse_config(source: str, file: str = "headrace.toml") -> Config:
+    """The configuration in a TOML text. Raises `ConfigError`, whose lines begin with `file:line: field:`."""
+    try:
+        document = tomllib.loads(source)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"\(at line (\d+), column (\d+)\)", str(error))
+        at = f"{file}:{found[1]}" if found else file
+        raise ConfigError(f"{at}: not valid TOML: {re.sub(r' *[(]at .*[)]', '', str(error))}") from None
+    lines = locate(source)
+    try:
+        config = Config.model_validate(document)
+    except ValidationError as error:
+        faults = [_fault(dict(found)) for found in error.errors(include_url=False)]
+    else:
+        faults = _cross_faults(config)
+        if not faults:
+            return config
+    said = sorted({(line_of(lines, path), _dotted(path), message) for path, message in faults})
+    raise ConfigError("\n".join(f"{file}:{line}: {field}{message}" for line, field, message in said))
+
+
+Path_ = tuple[str | int, ...]
+
+
+def _dotted(path: Path_) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+    return f"{text}: " if text else ""
+
+
+def _fault(error: dict[str, Any]) -> tuple[Path_, str]:
+    path: Path_ = tuple(error["loc"])
+    message: str = error["msg"].removeprefix("Value error, ")
+    match error["type"]:
+        case "extra_forbidden":
+            return path, _unknown_field(path)
+        case "missing":
+            return path, "is missing"
+        case "value_error" if named := re.match(r"^([a-z_.]+): (.*)$", message):
+            return (*path, *named[1].split(".")), named[2]
+        case "string_pattern_mismatch":
+            return path, f"{error['input']!r} does not match {error['ctx']['pattern']}"
+    if len(path) > 4 and path[2] == "options":
+        return path[:4], "must be a text, a number or a boolean"
+    shown = repr(error["input"])
+    return path, f"{message[0].lower()}{message[1:]}" + (f", not {shown}" if len(shown) <= 60 else "")
+
+
+_FIELDS: dict[Path_, type[BaseModel]] = {
+    (): Config,
+    ("providers",): ProviderConfig,
+    ("models",): ModelConfig,
+    ("models", "price"): PriceConfig,
+}
+
+
+def _unknown_field(path: Path_) -> str:
+    within = tuple(part for part in path[:-1] if isinstance(part, str))
+    known = list(_FIELDS[within].model_fields) if within in _FIELDS else []
+    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+    return "unknown field" + (f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}")
+
+
+def _cross_faults(config: Config) -> list[tuple[Path_, str]]:
+    """Faults that lie between entries: names used twice, providers that are not there."""
+    faults: list[tuple[Path_, str]] = [
+        ((kind,), f"at least one [[{kind}]] is needed") for kind in ("providers", "models") if not getattr(config, kind)
+    ]
+    providers: dict[str, int] = {}
+    for index, provider in enumerate(config.providers):
+        if provider.name in providers:
+            faults.append(
+                (("providers", index, "name"), f"{provider.name!r} is providers[{providers[provider.name]}] already")
+            )
+        providers.setdefault(provider.name, index)
+    names: dict[str, str] = {}
+    for index, model in enumerate(config.models):
+        if model.id in names:
+            faults.append((("models", index, "id"), f"{model.id!r} is {names[model.id]} already"))
+        names.setdefault(model.id, f"the id of models[{index}]")
+        if model.provider not in providers:
+            close = difflib.get_close_matches(model.provider, providers, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(providers)}"
+            faults.append((("models", index, "provider"), f"no provider named {model.provider!r}{hint}"))
+    for index, model in enumerate(config.models):
+        for place, alias in enumerate(model.aliases):
+            if alias in names:
+                faults.append((("models", index, "aliases", place), f"{alias!r} is {names[alias]} already"))
+            names.setdefault(alias, f"an alias of models[{index}]")
+    return faults

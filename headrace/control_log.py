@@ -1,0 +1,92 @@
+"""The control topics in Kafka, read whole: what the control processor starts from and what a rebuild restores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from headrace.settings import Settings
+from schemas.control import RECORDS, App, Key, Model, Price, Provider
+from topics.catalogue import CONTROL_RECORDS, MAX_MESSAGE_BYTES, Topic
+from topics.clients import LogReader, Record
+
+log = structlog.get_logger(__name__)
+
+_TYPES: dict[str, type[Provider | Model | App | Key | Price]] = {**RECORDS, "prices": Price}
+
+
+class CommittedReader(LogReader):
+    """A log reader that sees only committed transactions; the control processor writes in transactions."""
+
+    def __init__(self, bootstrap: str, client_id: str) -> None:
+        self.consumer = AIOKafkaConsumer(
+            bootstrap_servers=bootstrap,
+            client_id=client_id,
+            group_id=None,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            fetch_max_wait_ms=100,
+            max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
+        )
+
+
+class Replay:
+    """The newest record of each key, by kind, and how far each topic was read."""
+
+    def __init__(self, reader: LogReader, topics: Mapping[str, Topic] = CONTROL_RECORDS) -> None:
+        self._reader = reader
+        self._topics = topics
+        self._kinds = {topic.name: kind for kind, topic in topics.items()}
+        self._assignment: list[TopicPartition] = []
+        self.records: dict[str, dict[str, bytes]] = {kind: {} for kind in topics}
+        self.offsets: dict[str, int] = dict.fromkeys(self._kinds, 0)
+        """Next offset of each topic, past the marks that end transactions."""
+
+    async def read_on(self) -> int:
+        """Read to the ends as they are now; the number of records read."""
+        if not self._assignment:
+            self._assignment = self._reader.assign(self._topics.values())
+            await self._reader.consumer.seek_to_beginning(*self._assignment)
+        count = 0
+        async for record in self._reader.read_to_end(self._assignment):
+            held, key = self.records[self._kinds[record.topic]], (record.key or b"").decode()
+            if record.value is not None and self._readable(record):
+                held[key] = record.value
+            else:
+                held.pop(key, None)
+            count += 1
+        for partition in self._assignment:
+            self.offsets[partition.topic] = await self._reader.consumer.position(partition)
+        return count
+
+    def _readable(self, record: Record) -> bool:
+        """Whether a record is what its topic should carry; one that is not counts as a deletion.
+
+        Only the control processor may write these topics, so that this is damage. To keep an older record instead
+        would make the result depend on how far the broker has compacted.
+        """
+        try:
+            msgspec.json.decode(record.value or b"", type=_TYPES[self._kinds[record.topic]])
+        except msgspec.DecodeError as error:
+            log.error("control_record_unreadable", topic=record.topic, offset=record.offset, error=str(error))
+            return False
+        return True
+
+
+async def replay_control(settings: Settings, topics: Mapping[str, Topic] = CONTROL_RECORDS) -> Replay:
+    """Read the control topics from their beginnings to their ends as they are now."""
+    async with CommittedReader(settings.kafka_bootstrap, f"control-replay-{settings.instance}") as reader:
+        replay = Replay(reader, topics)
+        await replay.read_on()
+    return replay
+
+
+async def end_offsets(settings: Settings, topics: Mapping[str, Topic] = CONTROL_RECORDS) -> dict[str, int]:
+    """The end offset of each control topic's only partition, with transactions that are still open."""
+    async with LogReader(settings.kafka_bootstrap, f"control-ends-{settings.instance}") as reader:
+        found = await reader.consumer.end_offsets(reader.assign(topics.values()))
+    return {partition.topic: offset for partition, offset in found.items()}

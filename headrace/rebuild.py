@@ -1,0 +1,106 @@
+"""Rebuilding Redis from Kafka: the control plane as a new generation, and what is remembered of idempotent requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import structlog
+from redis.asyncio import Redis
+
+from headrace.control_log import CommittedReader, Replay, end_offsets
+from headrace.errors import Unavailable
+from headrace.projection import Projection
+from headrace.redis_client import connect
+from headrace.settings import Settings
+from topics.catalogue import DAY_MS, REQUESTS
+from topics.clients import LogReader
+from topics.envelope import EnvelopeError, parse
+
+log = structlog.get_logger(__name__)
+
+IDEMPOTENCY_TTL_MS = DAY_MS
+TRIES = 100
+RETRY_S = 0.1
+
+
+def idempotency_key(tenant: str, request_id: str) -> str:
+    """Redis key of what is remembered of an idempotent request."""
+    return f"hr:idem:{tenant}:{request_id}"
+
+
+async def rebuild(settings: Settings) -> dict[str, int]:
+    """Fill a new generation from Kafka and put it into force; counts of what was restored, by kind.
+
+    Safe beside a running control processor: the new generation is put into force only when it holds at least what the
+    old one holds, in the same atomic step, and a later record is applied to whichever is in force. Raises `RedisError`,
+    `KafkaError` or `Unavailable`.
+    """
+    redis = connect(settings.redis_url)
+    try:
+        async with CommittedReader(settings.kafka_bootstrap, f"rebuild-{settings.instance}") as reader:
+            projection, replay = Projection(redis), Replay(reader)
+            await replay.read_on()
+            remembered = await _restore_idempotency(settings, redis)
+            for _ in range(TRIES):
+                if await _put_into_force(settings, projection, replay):
+                    break
+                await asyncio.sleep(RETRY_S)
+                await replay.read_on()
+            else:
+                raise Unavailable(
+                    "Redis could not be rebuilt: what it holds stays newer than what Kafka gives. Try again."
+                )
+    finally:
+        await redis.aclose()
+    counts = {kind: len(held) for kind, held in replay.records.items()} | {"idempotency": remembered}
+    log.info("redis_rebuilt", **counts)
+    return counts
+
+
+async def _put_into_force(settings: Settings, projection: Projection, replay: Replay) -> bool:
+    """Whether what was read is now in force; if not, it was not new enough, or the server forgot it meanwhile."""
+    fill = await projection.begin(replay.records, replay.offsets)
+    outcome = await projection.flip(fill, replay.offsets)
+    if outcome == "behind" and await _made_anew(settings, projection):
+        outcome = await projection.flip(fill, replay.offsets, force=True)
+    if outcome == "flipped":
+        return True
+    log.info("generation_not_in_force", outcome=outcome)
+    await projection.drop(fill)
+    return False
+
+
+async def _made_anew(settings: Settings, projection: Projection) -> bool:
+    """Whether Redis holds offsets that Kafka does not have: the topics were made anew, so Kafka decides."""
+    held, ends = (await projection.state()).offsets, await end_offsets(settings)
+    return any(held.get(topic, 0) > end for topic, end in ends.items())
+
+
+async def _restore_idempotency(settings: Settings, redis: Redis) -> int:
+    """Remember again the idempotent requests of the last 24 h; what Redis still knows is left as it is."""
+    count = 0
+    seconds, micros = await redis.time()
+    now_ms = seconds * 1000 + micros // 1000
+    async with LogReader(
+        settings.kafka_bootstrap, f"rebuild-idempotency-{settings.instance}", max_wait_ms=100
+    ) as reader:
+        assignment = reader.assign([REQUESTS])
+        await reader.seek_to_time(assignment, now_ms - IDEMPOTENCY_TTL_MS)
+        async for record in reader.read_to_end(assignment):
+            try:
+                envelope = parse(record.headers)
+            except EnvelopeError:
+                continue  # The router counts and buries it.
+            left_ms = record.timestamp + IDEMPOTENCY_TTL_MS - now_ms
+            if envelope.idempotency_key is None or left_ms <= 0:
+                continue
+            value = {
+                "digest": envelope.digest,
+                "reply_partition": envelope.reply_partition,
+                "created_ms": envelope.time_ms,  # As in the public id that the first caller was given.
+                "state": "accepted",
+            }
+            key = idempotency_key(envelope.tenant, envelope.request_id)
+            count += bool(await redis.set(key, json.dumps(value), nx=True, px=left_ms))
+    return count

@@ -1,0 +1,249 @@
+"""The read model of the control plane: models, providers and apps in memory, keys asked of Redis.
+
+An answer is given only from a whole projection that was confirmed a moment ago; otherwise `Unavailable` is raised, so
+that a caller sees 503 and never a 401 for a key that exists.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import msgspec
+import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from headrace.cancellation import end
+from headrace.errors import Unavailable
+from headrace.projection import CHANGES, LUA_STATE, Projection, text
+from headrace.rebuild import rebuild
+from schemas.control import App, Key, Model, Provider
+
+__all__ = ["Projection", "Registry", "Snapshot", "rebuild"]
+
+log = structlog.get_logger(__name__)
+
+MAX_AGE_S = 5.0
+"""A snapshot that Redis has not confirmed for longer is not answered from."""
+POLL_S = 1.0
+"""How often the version is asked for when no change is announced."""
+KEY_AGE_S = 0.5
+"""How long a key's record is used without asking again, while the version stands."""
+KEY_CACHE_SIZE = 10_000
+LOOKUP_TIMEOUT_S = 1.0
+
+_READ_STATE = LUA_STATE + "return {gen or '', version, whole}"
+_READ_ALL = (
+    LUA_STATE
+    + """
+if whole == 0 then return {gen or '', version, 0, {}, {}, {}} end
+local base = 'hr:'..gen..':'
+return {gen, version, 1, redis.call('HVALS', base..'models'), redis.call('HVALS', base..'providers'),
+        redis.call('HVALS', base..'apps')}
+"""
+)
+_READ_KEY = (
+    LUA_STATE + "return {gen or '', version, whole, whole == 1 and redis.call('HGET', 'hr:'..gen..':keys', ARGV[1])}"
+)
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """The control plane at one version, as every part of one decision should see it."""
+
+    models: Mapping[str, Model]
+    aliases: Mapping[str, str]
+    """Alias -> model id; only of enabled models."""
+    providers: Mapping[str, Provider]
+    apps: Mapping[str, App]
+    version: int
+
+    def resolve(self, name: str) -> Model | None:
+        """The enabled model with this id or alias; None when there is none."""
+        model = self.models.get(name)
+        if model is None or not model.enabled:  # The name of a model that is gone may live on as another's alias.
+            model = self.models.get(self.aliases.get(name, ""))
+        return model
+
+
+def snapshot_of(models: list[bytes], providers: list[bytes], apps: list[bytes], version: int) -> Snapshot:
+    """A snapshot made of JSON records."""
+    decoded = sorted((msgspec.json.decode(raw, type=Model) for raw in models), key=lambda model: model.id)
+    return Snapshot(
+        models={model.id: model for model in decoded},
+        aliases={alias: model.id for model in decoded if model.enabled for alias in model.aliases},
+        providers={found.name: found for found in (msgspec.json.decode(raw, type=Provider) for raw in providers)},
+        apps={found.id: found for found in (msgspec.json.decode(raw, type=App) for raw in apps)},
+        version=version,
+    )
+
+
+class _CachedKey(NamedTuple):
+    key: Key
+    generation: str
+    version: int
+    read_at: float
+
+
+class Registry:
+    """Follows the control plane; a change is seen within 250 ms. `clock` gives monotonic seconds."""
+
+    def __init__(self, redis: Redis, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._redis = redis
+        self._clock = clock
+        self._read_state = redis.register_script(_READ_STATE)
+        self._read_all = redis.register_script(_READ_ALL)
+        self._read_key = redis.register_script(_READ_KEY)
+        self._snapshot: Snapshot | None = None
+        self._generation = ""
+        self._confirmed_at = float("-inf")
+        self._keys: OrderedDict[str, _CachedKey] = OrderedDict()
+        self._lookups: dict[str, asyncio.Task[Key | None]] = {}
+        self._announced = asyncio.Event()
+        self._refreshed = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Read the control plane once, if it can be read, and follow it from here on."""
+        await self._try_refresh()
+        self._tasks = [
+            asyncio.create_task(self._poll(), name="registry-poll"),
+            asyncio.create_task(self._listen(), name="registry-listen"),
+        ]
+
+    async def stop(self) -> None:
+        """Stop following. The Redis client stays open; it is its maker's."""
+        await end(*self._tasks)
+        self._tasks = []
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The control plane as it is. Raises `Unavailable` when it is not known to be whole and current."""
+        if self._snapshot is None:
+            raise Unavailable("The control plane is not complete yet. Try again in a moment.")
+        if self._clock() - self._confirmed_at > MAX_AGE_S:
+            raise Unavailable("The control plane cannot be reached. Try again in a moment.")
+        return self._snapshot
+
+    async def wait_complete(self, timeout: float) -> Snapshot:
+        """Wait until there is a snapshot. Raises `Unavailable` after `timeout` seconds."""
+        try:
+            async with asyncio.timeout(timeout), self._refreshed:
+                while True:
+                    with contextlib.suppress(Unavailable):
+                        return self.snapshot
+                    await self._refreshed.wait()
+        except TimeoutError:
+            raise Unavailable(f"The control plane was not complete within {timeout:g} s.") from None
+
+    async def key(self, sha256_hex: str) -> Key | None:
+        """The key with this digest, enabled or not; None when there is none.
+
+        What is not cached is asked of Redis, so that a new key works at once. Raises `Unavailable` when Redis is away
+        or its projection is incomplete.
+        """
+        now, snapshot = self._clock(), self.snapshot
+        cached = self._keys.get(sha256_hex)
+        if (
+            cached is not None
+            and now - cached.read_at <= KEY_AGE_S
+            and (cached.generation, cached.version) == (self._generation, snapshot.version)
+        ):
+            return cached.key
+        running = self._lookups.get(sha256_hex)
+        if running is not None:
+            found = await asyncio.shield(running)
+            if found is not None:
+                return found
+            # That question may have been put before the key was made, so ask once more.
+        task = asyncio.create_task(self._lookup(sha256_hex))
+        self._lookups[sha256_hex] = task
+        task.add_done_callback(lambda done: self._forget_lookup(sha256_hex, done))
+        return await asyncio.shield(task)
+
+    def _forget_lookup(self, digest: str, task: asyncio.Task[Key | None]) -> None:
+        if self._lookups.get(digest) is task:
+            del self._lookups[digest]
+        if not task.cancelled():
+            task.exception()  # Its callers have it; without one, nobody waits for it.
+
+    async def _lookup(self, digest: str) -> Key | None:
+        asked_at = self._clock()
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+                generation, version, whole, raw = await self._read_key(args=[digest])
+        except (RedisError, OSError, TimeoutError) as error:
+            raise Unavailable("The key cannot be checked now. Try again in a moment.") from error
+        if not whole:
+            self._snapshot = None
+            self._announced.set()
+            raise Unavailable("The control plane is not complete yet. Try again in a moment.")
+        if (text(generation), int(version)) != (self._generation, self._version()):
+            self._announced.set()
+        if raw is None:
+            self._keys.pop(digest, None)
+            return None
+        key = msgspec.json.decode(raw, type=Key)
+        self._keys[digest] = _CachedKey(key, text(generation), int(version), asked_at)
+        self._keys.move_to_end(digest)
+        if len(self._keys) > KEY_CACHE_SIZE:
+            self._keys.popitem(last=False)
+        return key
+
+    def _version(self) -> int:
+        return self._snapshot.version if self._snapshot is not None else 0
+
+    async def _poll(self) -> None:
+        while True:
+            wait = POLL_S if self._snapshot is not None else POLL_S / 5
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._announced.wait()
+            self._announced.clear()
+            await self._try_refresh()
+
+    async def _try_refresh(self) -> None:
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+                await self._refresh()
+        except (RedisError, OSError, TimeoutError) as error:
+            log.warning("registry_unconfirmed", error=repr(error))
+        except (msgspec.DecodeError, ValueError) as error:
+            log.error("registry_unreadable", error=repr(error))
+        else:
+            async with self._refreshed:
+                self._refreshed.notify_all()
+
+    async def _refresh(self) -> None:
+        asked_at = self._clock()
+        generation, version, whole = await self._read_state()
+        held = (self._generation, self._version())
+        if whole and self._snapshot is not None and (text(generation), int(version)) == held:
+            self._confirmed_at = asked_at
+            return
+        generation, version, whole, models, providers, apps = await self._read_all()
+        if not whole:
+            self._snapshot = None
+            return
+        self._snapshot = snapshot_of(models, providers, apps, int(version))
+        self._generation = text(generation)
+        self._confirmed_at = asked_at
+        self._keys.clear()
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
+                    await channel.subscribe(CHANGES)
+                    self._announced.set()
+                    while True:
+                        message = await channel.get_message(timeout=POLL_S)
+                        if message is not None:
+                            self._announced.set()
+            except (RedisError, OSError) as error:
+                log.warning("registry_not_listening", error=repr(error))
+                await asyncio.sleep(POLL_S)

@@ -1,0 +1,205 @@
+"""What a control command does: a pure function of the control plane as it is and the command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from schemas.control import ANY_MODEL, RECORDS, App, ControlCommand, Key, Model, Price, Provider
+
+PROVIDER_KINDS = ("llama_cpp", "ollama", "openai")
+ROLES = ("member", "admin")
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One record for a compacted topic; a `value` of None deletes the key."""
+
+    kind: str
+    """`providers`, `models`, `apps`, `keys` or `prices`."""
+    key: str
+    value: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The command is in order; `writes` is empty when it changes nothing."""
+
+    writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The command is against the rules; the reason is for whoever sent it."""
+
+    reason: str
+
+
+Decision = Accepted | Refused
+
+
+class _Refusal(Exception):
+    """Ends the checks of one command."""
+
+
+@dataclass(slots=True)
+class ControlState:
+    """The control plane, as all records so far made it."""
+
+    providers: dict[str, Provider] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    apps: dict[str, App] = field(default_factory=dict)
+    keys: dict[str, Key] = field(default_factory=dict)
+    prices: dict[str, Price] = field(default_factory=dict)
+    """The newest price that each model ever had, also of models that are gone."""
+
+    def put(self, write: Write) -> None:
+        """Take in a record of a compacted topic. Raises `msgspec.DecodeError` when it is not one."""
+        if write.kind == "prices":
+            if write.value is not None:
+                model, price = write.key.rpartition("/")[0], msgspec.json.decode(write.value, type=Price)
+                if model not in self.prices or price.version > self.prices[model].version:
+                    self.prices[model] = price
+            return
+        held: dict[str, Provider | Model | App | Key] = getattr(self, write.kind)
+        if write.value is None:
+            held.pop(write.key, None)
+        else:
+            held[write.key] = msgspec.json.decode(write.value, type=RECORDS[write.kind])
+
+    @classmethod
+    def of(cls, records: Mapping[str, Mapping[str, bytes]]) -> ControlState:
+        """The state that the newest records of all topics make."""
+        state = cls()
+        for kind, held in records.items():
+            for key, value in held.items():
+                state.put(Write(kind, key, value))
+        return state
+
+
+class _Received(ControlCommand, frozen=True):
+    """A command as it is decoded: msgspec takes nothing but null for `Raw | None`, and anything for `Raw`."""
+
+    value: msgspec.Raw = msgspec.Raw(b"null")
+
+
+def decode_command(value: bytes | None) -> ControlCommand:
+    """The command in a record. Raises `ValueError` with the reason when there is none."""
+    if value is None:
+        raise ValueError("the command has no value")
+    received = msgspec.json.decode(value, type=_Received)
+    deletes = bytes(received.value) == b"null"
+    command = ControlCommand(
+        **{**msgspec.structs.asdict(received), "value": None if deletes else received.value.copy()}
+    )
+    if command.kind not in RECORDS:
+        raise ValueError(f"unknown kind {command.kind!r}; known are {', '.join(RECORDS)}")
+    if not command.key:
+        raise ValueError("the command has no key")
+    return command
+
+
+def decide(state: ControlState, command: ControlCommand, *, now_ms: int) -> Decision:
+    """What the command does to the control plane; `now_ms` is the time of the command's record."""
+    try:
+        if command.value is None:
+            return _delete(state, command.kind, command.key)
+        try:
+            record = msgspec.json.decode(command.value, type=RECORDS[command.kind])
+        except msgspec.DecodeError as error:
+            return Refused(f"{command.kind[:-1]} {command.key!r}: {error}")
+        match record:
+            case Provider():
+                _check_provider(command.key, record)
+            case Model():
+                return _put_model(state, command.key, record, now_ms)
+            case App():
+                _check(record.id == command.key, f"app {command.key!r}: its id is {record.id!r}")
+            case Key():
+                _check_key(state, command.key, record)
+    except _Refusal as refusal:
+        return Refused(str(refusal))
+    held: dict[str, Provider | App | Key] = getattr(state, command.kind)
+    if held.get(command.key) == record:
+        return Accepted(())
+    return Accepted((Write(command.kind, command.key, msgspec.json.encode(record)),))
+
+
+def _check(holds: bool, reason: str) -> None:
+    if not holds:
+        raise _Refusal(reason)
+
+
+def _delete(state: ControlState, kind: str, key: str) -> Decision:
+    users: Iterable[str] = ()
+    if kind == "providers":
+        users = (f"model {model.id!r}" for model in state.models.values() if model.provider == key and model.enabled)
+    elif kind == "apps":
+        users = (f"key {held.name!r}" for held in state.keys.values() if held.app == key and held.enabled)
+    user = next(iter(users), None)
+    _check(user is None, f"{kind[:-1]} {key!r} is used by {user}; disable that first")
+    return Accepted((Write(kind, key, None),) if key in getattr(state, kind) else ())
+
+
+def _check_provider(key: str, provider: Provider) -> None:
+    _check(provider.name == key, f"provider {key!r}: its name is {provider.name!r}")
+    _check(
+        provider.kind in PROVIDER_KINDS,
+        f"provider {key!r}: unknown kind {provider.kind!r}; known are {', '.join(PROVIDER_KINDS)}",
+    )
+    _check(provider.kind != "openai" or bool(provider.base_url), f"provider {key!r}: kind openai needs a base_url")
+
+
+def _check_key(state: ControlState, key: str, record: Key) -> None:
+    digits = set("0123456789abcdef")
+    _check(record.sha256 == key, f"key {record.name!r}: filed under another SHA-256 than its own")
+    _check(len(key) == 64 and set(key) <= digits, f"key {record.name!r}: its SHA-256 is not 64 lower-case hex digits")
+    _check(record.role in ROLES, f"key {record.name!r}: unknown role {record.role!r}; known are {', '.join(ROLES)}")
+    _check(record.app in state.apps or not record.enabled, f"key {record.name!r}: there is no app {record.app!r}")
+    unknown = [name for name in record.allowed_models if name != ANY_MODEL and name not in state.models]
+    _check(not unknown or not record.enabled, f"key {record.name!r}: there is no model {', '.join(map(repr, unknown))}")
+
+
+def _put_model(state: ControlState, key: str, model: Model, now_ms: int) -> Decision:
+    _check_model(state, key, model)
+    before, newest = state.models.get(key), state.prices.get(key)
+    price = msgspec.structs.replace(model.price, version=newest.version if newest is not None else 1)
+    changed = newest is None or price != newest
+    if changed and newest is not None:
+        price = msgspec.structs.replace(price, version=newest.version + 1)
+    created = before.created if before is not None else now_ms // 1000
+    record = msgspec.structs.replace(model, price=price, created=created)
+    writes = []
+    if changed:
+        writes.append(Write("prices", f"{key}/{price.version}", msgspec.json.encode(price)))
+    if record != before:
+        writes.append(Write("models", key, msgspec.json.encode(record)))
+    return Accepted(tuple(writes))
+
+
+def _check_model(state: ControlState, key: str, model: Model) -> None:
+    who = f"model {key!r}"
+    _check(model.id == key, f"{who}: its id is {model.id!r}")
+    _check(bool(model.backend_tag), f"{who}: has no backend_tag")
+    _check(model.context_length >= 1, f"{who}: context_length must be at least 1")
+    _check(model.max_concurrency >= 1, f"{who}: max_concurrency must be at least 1")
+    _check(
+        model.default_max_tokens is None or 1 <= model.default_max_tokens < model.context_length,
+        f"{who}: default_max_tokens must be at least 1 and below context_length",
+    )
+    amounts = (model.price.input, model.price.output, model.price.cached)
+    _check(all(amount.is_finite() and amount >= 0 for amount in amounts), f"{who}: a price is negative or no number")
+    if not model.enabled:
+        return
+    _check(model.provider in state.providers, f"{who}: there is no provider {model.provider!r}")
+    taken = {
+        name: other.id
+        for other in state.models.values()
+        if other.enabled and other.id != key
+        for name in (other.id, *other.aliases)
+    }
+    for name in (model.id, *model.aliases):
+        _check(name not in taken, f"{who}: the name {name!r} is taken by model {taken.get(name)!r}")
+    _check(len({model.id, *model.aliases}) == 1 + len(model.aliases), f"{who}: an alias stands twice")

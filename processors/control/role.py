@@ -1,0 +1,185 @@
+"""The control role: the single writer of the control plane, and the keeper of its projection in Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+from aiokafka.errors import KafkaError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from headrace.cancellation import end
+from headrace.control_log import end_offsets, replay_control
+from headrace.errors import Unavailable
+from headrace.projection import CommandOutcome, Outcome, Projection
+from headrace.rebuild import rebuild
+from headrace.redis_client import connect
+from headrace.settings import Settings
+from processors.control.decide import ControlState, Refused, Write, decide, decode_command
+from processors.control.writer import TOPICS, Writer
+from topics.agents import AgentRole, Message
+from topics.catalogue import CONTROL_COMMANDS, CONTROL_RECORDS
+from topics.clients import Producer
+from topics.dead_letters import bury
+
+log = structlog.get_logger(__name__)
+
+ROLE = "control"
+WATCH_EVERY_S = 0.5
+"""How often the projection is compared with what was written."""
+_AWAY = (RedisError, OSError, KafkaError, Unavailable)
+"""What a part that is away raises; trying again is right."""
+
+
+class ControlProcessor:
+    """Decides commands while it owns their partition; at other times it waits."""
+
+    def __init__(self, settings: Settings, redis: Redis, producer: Producer) -> None:
+        self._settings = settings
+        self._projection = Projection(redis)
+        self._producer = producer
+        self._writer: Writer | None = None
+        self._state = ControlState()
+        self._offsets: dict[str, int] = {}
+        """Next offset of each control topic, as the projection should have it."""
+        self._owning = asyncio.Event()
+        self._busy = asyncio.Lock()
+        """Held while records are written or compared, so that a rebuild never starts between write and apply."""
+
+    async def assigned(self, _: frozenset[int]) -> None:
+        """Become the writer: fence the one before, then read what it wrote."""
+        async with self._busy:
+            await self._release()
+            self._writer = Writer(self._settings.kafka_bootstrap, f"{ROLE}-writer-{self._settings.instance}")
+            await self._writer.start()
+            replay = await replay_control(self._settings, TOPICS)
+            self._state = ControlState.of(replay.records)
+            self._offsets = {topic.name: replay.offsets[topic.name] for topic in CONTROL_RECORDS.values()}
+            self._owning.set()
+            log.info("control_owned", **{kind: len(held) for kind, held in replay.records.items()})
+
+    async def revoked(self, _: frozenset[int]) -> None:
+        """Stop writing; another member goes on."""
+        self._owning.clear()
+        async with self._busy:
+            await self._release()
+
+    async def _release(self) -> None:
+        self._owning.clear()
+        if self._writer is not None:
+            await self._writer.stop()
+            self._writer = None
+
+    async def handle(self, messages: Sequence[Message]) -> None:
+        """Decide a batch of commands, in order; returns when the results are in Kafka and in Redis."""
+        while True:
+            await self._owning.wait()
+            async with self._busy:
+                if self._writer is None:
+                    continue  # Lost while waiting for the lock.
+                await self._decide(self._writer, messages)
+                return
+
+    async def _decide(self, writer: Writer, messages: Sequence[Message]) -> None:
+        """One transaction for the whole batch. A failure ends the process, so that memory never runs ahead of Kafka."""
+        writes: list[Write] = []
+        outcomes: list[CommandOutcome] = []
+        for message in messages:
+            try:
+                command = decode_command(message.value)
+            except ValueError as error:
+                await bury(self._producer, message, reason=f"not a control command: {error}", role=ROLE)
+                continue
+            decision = decide(self._state, command, now_ms=message.timestamp_ms)
+            if isinstance(decision, Refused):
+                await bury(self._producer, message, reason=f"refused: {decision.reason}", role=ROLE)
+                outcomes.append(CommandOutcome(command.id, "refused", decision.reason))
+                continue
+            for write in decision.writes:
+                self._state.put(write)
+            writes += decision.writes
+            outcomes.append(CommandOutcome(command.id, "applied" if decision.writes else "unchanged"))
+            log.info("command_accepted", command=command.id, kind=command.kind, actor=command.actor)
+        for write, offset in zip(writes, await writer.write(writes), strict=True):
+            await self._put_into_force(write, offset)
+        for outcome in outcomes:
+            await self._tell(outcome)
+
+    async def _put_into_force(self, write: Write, offset: int) -> None:
+        """Apply a durable record to Redis, for as long as that takes."""
+        if write.kind not in CONTROL_RECORDS:
+            return
+        topic = TOPICS[write.kind].name
+        self._offsets[topic] = offset + 1
+        while True:
+            try:
+                outcome = await self._projection.apply(write.kind, write.key, write.value, topic=topic, offset=offset)
+                if outcome is not Outcome.INCOMPLETE:
+                    return
+                await rebuild(self._settings)
+            except _AWAY as error:
+                log.warning("redis_unwritable", topic=topic, offset=offset, error=repr(error))
+                await asyncio.sleep(WATCH_EVERY_S)
+
+    async def _tell(self, outcome: CommandOutcome) -> None:
+        """Best effort: whoever waits for an answer that is lost sees a timeout, and the log has it."""
+        try:
+            await self._projection.tell(outcome)
+        except (RedisError, OSError) as error:
+            log.warning("outcome_not_told", command=outcome.id, error=repr(error))
+
+    async def keep(self) -> None:
+        """Compare the projection with Kafka for ever; rebuild it when it is missing, partial or older."""
+        while True:
+            await self._owning.wait()
+            try:
+                async with self._busy:
+                    if self._owning.is_set() and not await self._is_whole():
+                        await rebuild(self._settings)
+            except _AWAY as error:
+                log.warning("projection_unchecked", error=repr(error))
+            await asyncio.sleep(WATCH_EVERY_S)
+
+    async def _is_whole(self) -> bool:
+        """Whether Redis holds all that was written, and nothing that Kafka does not have."""
+        state, want = await self._projection.state(), self._offsets
+        have = {topic: state.offsets.get(topic, 0) for topic in want}
+        whole = state.complete and all(have[topic] >= want[topic] for topic in want)
+        if whole and have != want:
+            ends = await end_offsets(self._settings)
+            whole = all(have[topic] <= ends[topic] for topic in want)
+            if whole:  # A rebuild counted the marks that end our transactions.
+                self._offsets = have
+        if not whole:
+            log.warning("projection_differs", complete=state.complete, have=have, want=want)
+        return whole
+
+    async def close(self) -> None:
+        """Give up the pen."""
+        async with self._busy:
+            await self._release()
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Run the control role until `stop` is set. Raises what ended it otherwise."""
+    redis = connect(settings.redis_url)
+    async with Producer(settings.kafka_bootstrap, f"{ROLE}-{settings.instance}") as producer:
+        processor = ControlProcessor(settings, redis, producer)
+        role = AgentRole(settings, ROLE, CONTROL_COMMANDS, processor.handle)
+        role.on_partitions(processor.assigned, processor.revoked)
+        keeper = asyncio.create_task(processor.keep(), name="control-keep")
+        keeper.add_done_callback(lambda task: _ended(role, task))
+        try:
+            await role.run(stop)
+        finally:
+            await end(keeper)
+            await processor.close()
+            await redis.aclose()
+
+
+def _ended(role: AgentRole, task: asyncio.Task[None]) -> None:
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        role.fail(error)

@@ -1,0 +1,55 @@
+"""The pen of the control topics: a transactional producer, so that Kafka itself refuses a writer that was replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+from aiokafka import AIOKafkaProducer
+
+from processors.control.decide import Write
+from topics.catalogue import CONTROL_PRICES, CONTROL_RECORDS, Topic
+
+TOPICS: Mapping[str, Topic] = CONTROL_RECORDS | {"prices": CONTROL_PRICES}
+"""The compacted topic of each kind of record that the control processor writes."""
+TRANSACTIONAL_ID = "headrace-control"
+"""One for the whole cluster: whoever starts with it last is the writer, and every earlier one is fenced."""
+TRANSACTION_TIMEOUT_MS = 10_000
+
+
+class Writer:
+    """Writes records in transactions: all of a batch or none."""
+
+    def __init__(self, bootstrap: str, client_id: str) -> None:
+        self._inner = AIOKafkaProducer(
+            bootstrap_servers=bootstrap,
+            client_id=client_id,
+            acks="all",
+            enable_idempotence=True,
+            transactional_id=TRANSACTIONAL_ID,
+            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+            request_timeout_ms=15_000,
+        )
+
+    async def start(self) -> None:
+        """Become the writer: ends what an earlier one left open, and fences it."""
+        await self._inner.start()
+
+    async def stop(self) -> None:
+        """Close. A transaction that was left open is ended by the next writer."""
+        await self._inner.stop()
+
+    async def write(self, writes: Sequence[Write]) -> list[int]:
+        """Write records durably, all or none; their offsets, in order.
+
+        Raises `ProducerFenced` when another writer has begun, other `KafkaError` when the brokers did not acknowledge.
+        """
+        if not writes:
+            return []
+        async with self._inner.transaction():
+            futures = [
+                await self._inner.send(TOPICS[write.kind].name, write.value, key=write.key.encode(), partition=0)
+                for write in writes
+            ]
+            acknowledged = await asyncio.gather(*futures)
+        return [metadata.offset for metadata in acknowledged]
