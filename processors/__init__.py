@@ -1,0 +1,1 @@
+"""One folder a role. A processor never imports another; they meet in topics."""

@@ -1,0 +1,1 @@
+"""The scheduler: one writer a pool. The policy is pure; the agent around it does the I/O."""

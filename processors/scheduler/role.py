@@ -1,0 +1,252 @@
+"""The scheduler's agent: reads `inference.routed`, owns the pools of its partitions, and follows what workers do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+
+import msgspec
+import structlog
+from redis import asyncio as redis
+
+from headrace import metrics
+from headrace.errors import Unavailable
+from headrace.registry import Registry
+from headrace.settings import Settings
+from processors.scheduler import policy
+from processors.scheduler.runner import Held, PoolRunner, pool_partition
+from processors.scheduler.state import Running
+from processors.scheduler.tails import Tails
+from processors.scheduler.takeover import read_live, read_routed, restored, take_term
+from schemas.events import Cancellation, Routed, Stage, WorkerStatus
+from schemas.ids import is_idempotent
+from topics import frames
+from topics.agents import AgentRole, Message
+from topics.catalogue import REPLIES, ROUTED
+from topics.clients import LogReader, Producer
+from topics.dead_letters import bury
+from topics.outcomes import Outcomes, now_ms
+
+log = structlog.get_logger(__name__)
+
+MAX_AGE_MS = 600_000
+"""The log is followed from this long ago: no request older than this is assigned any more."""
+REMEMBER_MS = 900_000
+REMEMBER_IDEMPOTENT_MS = 86_400_000
+"""How long finished ids are kept to tell duplicates: idempotent ones may be sent again for a day."""
+TICK_S = 0.25
+STATUS_EVERY_S = 1.0
+
+_routed = msgspec.json.Decoder(Routed)
+
+
+class Scheduler:
+    """All pools that this process owns."""
+
+    def __init__(self, settings: Settings, producer: Producer, registry: Registry) -> None:
+        self._settings = settings
+        self._producer = producer
+        self._registry = registry
+        self._outcomes = Outcomes(producer, "scheduler", settings.instance)
+        self._pools: dict[str, PoolRunner] = {}
+        self._owned: set[int] = set()
+        self._finished: dict[str, int] = {}
+        self._lock = asyncio.Lock()
+        self._seen_version = -1
+        self.tails = Tails(
+            settings.kafka_bootstrap,
+            on_terminal=self._on_terminal,
+            on_cancellation=self._on_cancellation,
+            on_heartbeat=self._on_heartbeat,
+            on_term=self._on_term,
+        )
+        self._heartbeats: dict[str, WorkerStatus] = {}
+        self.agent = AgentRole(settings, "scheduler", ROUTED, self.handle)
+        self.agent.on_partitions(self._gain, self._lose)
+
+    # --- the stream -------------------------------------------------------------------------------------------
+
+    async def handle(self, batch: list[Message]) -> None:
+        """Take a batch of routed requests; returns when each has its place, durably."""
+        waits: list[Awaitable[object]] = []
+        for message in batch:
+            try:
+                routed = _routed.decode(message.value or b"")
+            except msgspec.MsgspecError as error:
+                waits.append(bury(self._producer, message, reason=str(error), role="scheduler"))
+                continue
+            runner = self._pools.get(routed.pool) or await self._take(routed.pool)
+            if routed.request_id in runner.held or routed.request_id in self._finished:
+                await self._duplicate(runner, routed)
+            else:
+                waits += await runner.arrive(routed, message.offset)
+        await asyncio.gather(*waits)
+
+    async def _duplicate(self, runner: PoolRunner, routed: Routed) -> None:
+        """The same request again: counted, never ended by us; its caller is sent to the first one's stream."""
+        metrics.DUPLICATES.inc()
+        held = runner.held.get(routed.request_id)
+        await self._outcomes.event(routed.request_id, routed.tenant, Stage.DUPLICATE, detail={"live": held is not None})
+        if held is None or held.routed.reply_partition == routed.reply_partition:
+            return
+        moved = frames.Moved(held.routed.reply_partition, held.routed.accepted_ms)
+        delta = frames.Delta(
+            bytes.fromhex(routed.request_id), 0, 0, frames.Kind.MOVED, 0, msgspec.json.encode(moved).decode()
+        )
+        await self._producer.send(REPLIES.name, frames.encode([delta]), partition=routed.reply_partition)
+
+    # --- owning pools -----------------------------------------------------------------------------------------
+
+    async def _gain(self, partitions: frozenset[int]) -> None:
+        self._owned |= partitions
+        # Not awaited: a rebalance must not wait for a pool to be read. Records that arrive first take it themselves.
+        task = asyncio.create_task(self._take_known())
+        task.add_done_callback(self._watch)
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.agent.fail(error)
+
+    async def _take_known(self) -> None:
+        for pool in await self._known_pools():
+            if pool_partition(pool) in self._owned and pool not in self._pools:
+                await self._take(pool)
+
+    async def _lose(self, partitions: frozenset[int]) -> None:
+        self._owned -= partitions
+        for name in [name for name, runner in self._pools.items() if runner.partition in partitions]:
+            await self._pools.pop(name).stop()
+            log.info("pool_left", pool=name)
+
+    async def _known_pools(self) -> set[str]:
+        await self._registry.wait_complete(timeout=60)
+        return {model.pool for model in self._registry.snapshot.models.values()} | {self._settings.pool}
+
+    async def _take(self, name: str) -> PoolRunner:
+        async with self._lock:
+            if name in self._pools:
+                return self._pools[name]
+            runner = PoolRunner(self._settings, name, self._producer, self.tails)
+            runner.fail = self.agent.fail
+            async with LogReader(self._settings.kafka_bootstrap, "scheduler-takeover") as reader:
+                runner.state.term = await take_term(self._producer, name, self._settings.instance)
+                runner.state.taken_ms = now_ms()
+                live = await read_live(reader, runner.partition)
+                mine = [request for request in live.requests if request.pool == name]
+                routed = await read_routed(reader, mine)
+            self._finished |= dict.fromkeys(live.finished, now_ms())
+            await self._follow_models(runner)
+            self._pools[name] = runner
+            for request in mine:
+                if self.tails.view.decided(request.request_id):
+                    continue
+                if (record := routed.get(request.request_id)) is None:
+                    continue
+                await self._restore(
+                    runner, request.worker != "", record, request.routed_offset, restored(request, record)
+                )
+            for status in list(self._heartbeats.values()):
+                if status.pool == name and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
+                    await runner.feed(policy.WorkerSeen(status))
+            log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
+            return runner
+
+    async def _restore(self, runner: PoolRunner, assigned: bool, routed: Routed, offset: int, running: Running) -> None:
+        if assigned:
+            runner.held[routed.request_id] = Held(routed, offset)
+            await runner.feed(policy.Restored(running))
+        else:
+            await asyncio.gather(*await runner.arrive(routed, offset))
+
+    # --- what others say --------------------------------------------------------------------------------------
+
+    async def _on_terminal(self, request_id: str) -> None:
+        self._finished[request_id] = now_ms()
+        for runner in list(self._pools.values()):
+            if await runner.finished(request_id):
+                return
+
+    async def _on_cancellation(self, wish: Cancellation) -> None:
+        if wish.request_id in self._finished or now_ms() - wish.at_ms > MAX_AGE_MS:
+            return
+        for runner in list(self._pools.values()):
+            await runner.feed(policy.CancelAsked(wish.request_id, wish.reason))
+
+    async def _on_heartbeat(self, status: WorkerStatus) -> None:
+        self._heartbeats[status.worker] = status
+        runner = self._pools.get(status.pool)
+        if runner is not None and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
+            await runner.feed(policy.WorkerSeen(status))
+
+    async def _on_term(self, pool: str, term: int) -> None:
+        runner = self._pools.get(pool)
+        if runner is not None and term > runner.state.term:
+            raise RuntimeError(f"pool {pool} was taken by another scheduler under term {term}")
+
+    # --- time -------------------------------------------------------------------------------------------------
+
+    async def _follow_models(self, runner: PoolRunner) -> None:
+        with contextlib.suppress(Unavailable):
+            snapshot = self._registry.snapshot
+            models = {m.id: m for m in snapshot.models.values() if m.enabled and m.pool == runner.name}
+            await runner.models_changed(models, dict(snapshot.providers))
+
+    async def tick(self) -> None:
+        """Move time on, follow the registry and publish how the pools stand, for ever."""
+        published = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TICK_S)
+            for runner in list(self._pools.values()):
+                await runner.feed(policy.Tick())
+            with contextlib.suppress(Unavailable):
+                if (version := self._registry.snapshot.version) != self._seen_version:
+                    await self._registry_changed()
+                    self._seen_version = version
+            if loop.time() - published >= STATUS_EVERY_S:
+                published = loop.time()
+                for runner in list(self._pools.values()):
+                    await runner.publish_status()
+                self._forget()
+
+    async def _registry_changed(self) -> None:
+        for runner in list(self._pools.values()):
+            await self._follow_models(runner)
+        await self._take_known()
+
+    def _forget(self) -> None:
+        now = now_ms()
+        for request_id, at in list(self._finished.items()):
+            if now - at > (REMEMBER_IDEMPOTENT_MS if is_idempotent(request_id) else REMEMBER_MS):
+                del self._finished[request_id]
+                self.tails.view.forget(request_id)
+            elif not is_idempotent(request_id):
+                # Insertion order is time order: what follows is younger.
+                break
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """The role's life."""
+    client: redis.Redis = redis.from_url(settings.redis_url)
+    registry = Registry(client)
+    async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
+        await registry.start()
+        scheduler = Scheduler(settings, producer, registry)
+        await scheduler.tails.start(now_ms() - MAX_AGE_MS)
+        beside = [asyncio.create_task(scheduler.tails.run()), asyncio.create_task(scheduler.tick())]
+        for task in beside:
+            task.add_done_callback(lambda done: None if done.cancelled() else scheduler.agent.fail(_error(done)))
+        try:
+            await scheduler.agent.run(stop)
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+            await scheduler.tails.stop()
+            await registry.stop()
+            await client.aclose()
+
+
+def _error(task: asyncio.Task[None]) -> BaseException:
+    return task.exception() or RuntimeError("a background task ended")

@@ -1,0 +1,283 @@
+"""One pool's scheduler at work: feeds the policy and carries out its actions, in order, each one durable."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+import structlog
+from aiokafka.partitioner import murmur2
+
+from headrace import metrics
+from headrace.settings import Settings
+from processors.scheduler import policy
+from processors.scheduler.policy import Action, Event
+from processors.scheduler.recovery import Recovery
+from processors.scheduler.state import Pool, Request
+from processors.scheduler.tails import Tails
+from schemas.control import Model, Provider
+from schemas.events import (
+    NOTHING,
+    CancelCommand,
+    Command,
+    ErrorInfo,
+    GenerateCommand,
+    LeaseEvent,
+    LiveRequest,
+    LoadCommand,
+    PoolStatus,
+    Routed,
+    Stage,
+    Status,
+    TermCommand,
+    Terminal,
+    Timings,
+    UnloadCommand,
+)
+from topics.catalogue import LEASES, LIVE, POOL_STATUS, ROUTED, worker_commands
+from topics.clients import Producer
+from topics.outcomes import Outcomes, now_ms
+
+log = structlog.get_logger(__name__)
+
+HTTP_STATUS = {
+    "cancelled": 499,
+    "model_not_found": 404,
+    "service_unavailable": 503,
+    "deadline_exceeded": 504,
+    "provider_error": 503,
+}
+"""HTTP status of the codes with which the policy ends a waiting request; 499 is never sent: its caller has left."""
+
+
+def pool_partition(pool: str) -> int:
+    """The partition of `inference.routed` (and of `scheduler.live`) that a pool's records are on."""
+    return int(murmur2(pool.encode()) & 0x7FFFFFFF) % ROUTED.partitions
+
+
+@dataclass(slots=True)
+class Held:
+    """A live request: its routed record, without the body once it was assigned, and where that record stands."""
+
+    routed: Routed
+    offset: int
+
+
+class PoolRunner:
+    """Owns one pool for one term. Every policy step and the posting of its actions happen under one lock."""
+
+    def __init__(self, settings: Settings, name: str, producer: Producer, tails: Tails) -> None:
+        self.name = name
+        self.partition = pool_partition(name)
+        self.state = Pool(term=-1)
+        self.held: dict[str, Held] = {}
+        self.providers: dict[str, Provider] = {}
+        self.fail: Callable[[BaseException], None] = lambda error: None
+        self._producer = producer
+        self._outcomes = Outcomes(producer, "scheduler", settings.instance)
+        self._recovery = Recovery(settings.kafka_bootstrap, producer, self._outcomes, tails)
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- feeding the policy -----------------------------------------------------------------------------------
+
+    async def feed(self, event: Event) -> None:
+        """Step the policy and carry out what it says; returns when that is durable. Raises `KafkaError`."""
+        await asyncio.gather(*await self.post(event))
+
+    async def post(self, event: Event) -> list[Awaitable[object]]:
+        """Step the policy and post its actions; the awaitables resolve when they are durable."""
+        async with self._lock:
+            return await self._carry_out(policy.step(self.state, event, now_ms()))
+
+    async def arrive(self, routed: Routed, offset: int) -> list[Awaitable[object]]:
+        """Take a routed request; the awaitables resolve when its place is durable."""
+        self.held[routed.request_id] = Held(routed, offset)
+        request = Request(routed.request_id, routed.tenant, routed.model, now_ms(), routed.deadline_ms)
+        return await self.post(policy.Arrived(request))
+
+    async def finished(self, request_id: str) -> bool:
+        """The log holds a terminal: drop the request and tombstone its record. False when it is not this pool's."""
+        if self.held.pop(request_id, None) is None:
+            return False
+        await self._producer.post(LIVE.name, None, key=request_id, partition=self.partition)
+        await self.feed(policy.Finished(request_id))
+        return True
+
+    def spawn(self, work: Awaitable[None]) -> None:
+        """Run something beside the stream; its failure ends the role."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+    async def stop(self) -> None:
+        """Drop the pool: another scheduler takes it from the topics."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- carrying out its actions -----------------------------------------------------------------------------
+
+    async def _carry_out(self, actions: Iterable[Action]) -> list[Awaitable[object]]:
+        waits: list[Awaitable[object]] = []
+        lost: list[policy.Recover] = []
+        for action in actions:
+            match action:
+                case policy.Assign(request, worker, boot, epoch):
+                    waits += await self._assign(request, worker, boot, epoch)
+                case policy.Enqueued(request):
+                    waits.append(await self._post_live(request))
+                    await self._outcomes.event(request.id, request.tenant, Stage.QUEUED, attempt=request.attempt)
+                case policy.End(request, status, code, message):
+                    waits.append(self._end(self.held[request.id].routed, request, status, code, message))
+                case policy.CancelRunning(request_id, worker, reason, status):
+                    command = CancelCommand(self.state.term, request_id, reason, status)
+                    waits.append(await self._command(worker, command))
+                case policy.Recover():
+                    lost.append(action)
+                case policy.Grant(worker, boot, model):
+                    self.spawn(self._grant(worker, boot, model))
+                case policy.Load(worker, boot, model, epoch):
+                    waits += await self._load(worker, boot, model, epoch)
+                case policy.Unload(worker, boot, model, epoch):
+                    waits.append(await self._command(worker, UnloadCommand(self.state.term, boot, epoch, model)))
+                case policy.LeaseMoved(worker, boot, model, epoch, state, size):
+                    waits.append(await self._lease(worker, boot, model, state, epoch=epoch, size=size))
+                case policy.SendTerm(worker):
+                    waits.append(await self._command(worker, TermCommand(self.state.term, self.name)))
+        if lost:
+            self.spawn(self._recover(lost))
+        return waits
+
+    async def _command(self, worker: str, command: Command) -> Awaitable[object]:
+        return await self._producer.post(worker_commands(worker).name, msgspec.json.encode(command), partition=0)
+
+    async def _assign(self, request: Request, worker: str, boot: str, epoch: int) -> list[Awaitable[object]]:
+        held = self.held[request.id]
+        at = now_ms()
+        command = GenerateCommand(self.state.term, boot, request.attempt, epoch, at, held.routed)
+        waits = [
+            await self._command(worker, command),
+            await self._post_live(request, worker=worker, boot=boot, epoch=epoch),
+        ]
+        if held.routed.body:
+            # A later attempt reads the body from `inference.requests`; thousands of running ones are not kept here.
+            held.routed = msgspec.structs.replace(held.routed, body=NOTHING)
+        metrics.QUEUE_SECONDS.observe((at - request.arrived_ms) / 1000)
+        detail: dict[str, str | int | float | bool] = {"worker": worker, "model": request.model}
+        await self._outcomes.event(
+            request.id, request.tenant, Stage.ASSIGNED, at_ms=at, attempt=request.attempt, epoch=epoch, detail=detail
+        )
+        return waits
+
+    async def _post_live(
+        self, request: Request, *, worker: str = "", boot: str = "", epoch: int = 0
+    ) -> Awaitable[object]:
+        held = self.held[request.id]
+        live = LiveRequest(
+            request_id=request.id,
+            tenant=request.tenant,
+            pool=self.name,
+            model=request.model,
+            routed_partition=self.partition,
+            routed_offset=held.offset,
+            accepted_ms=held.routed.accepted_ms,
+            digest=held.routed.digest,
+            reply_partition=held.routed.reply_partition,
+            attempt=request.attempt,
+            worker=worker,
+            boot=boot,
+            epoch=epoch,
+        )
+        return await self._producer.post(LIVE.name, msgspec.json.encode(live), key=request.id, partition=self.partition)
+
+    async def _end(self, routed: Routed, request: Request, status: Status, code: str, message: str) -> None:
+        error = ErrorInfo(HTTP_STATUS[code], code, message, retry_after_s=2 if HTTP_STATUS[code] == 503 else None)
+        await self._outcomes.end(waiting_terminal(routed, request.attempt, status, error))
+
+    async def _grant(self, worker: str, boot: str, model: str) -> None:
+        granted = LeaseEvent(
+            f"{worker}:{model}", self.name, self.state.term, worker, model, "granted", now_ms(), boot=boot
+        )
+        key = f"{granted.lease_id}/{granted.term}"
+        written = await self._producer.send(LEASES.name, msgspec.json.encode(granted), key=key)
+        await self.feed(policy.LeaseGranted(worker, model, written.offset))
+
+    async def _load(self, worker: str, boot: str, model_id: str, epoch: int) -> list[Awaitable[object]]:
+        model = self.state.models[model_id]
+        command = LoadCommand(self.state.term, boot, epoch, model, self.providers[model.provider])
+        return [
+            await self._command(worker, command),
+            await self._lease(worker, boot, model_id, "loading", epoch=epoch),
+        ]
+
+    async def _lease(
+        self, worker: str, boot: str, model: str, state: str, *, epoch: int, size: int = 0
+    ) -> Awaitable[object]:
+        event = LeaseEvent(
+            f"{worker}:{model}", self.name, self.state.term, worker, model, state, now_ms(),
+            epoch=epoch, boot=boot, bytes=size,
+        )  # fmt: skip
+        return await self._producer.post(LEASES.name, msgspec.json.encode(event), key=f"{event.lease_id}/{event.term}")
+
+    async def _recover(self, lost: list[policy.Recover]) -> None:
+        pairs = [(action, self.held[action.running.request.id].routed) for action in lost]
+        for request_id, attempt in await self._recovery.settle(pairs):
+            await self.feed(policy.AttemptEmpty(request_id, attempt))
+
+    # --- telling others ---------------------------------------------------------------------------------------
+
+    async def models_changed(self, models: dict[str, Model], providers: dict[str, Provider]) -> None:
+        """Follow the registry."""
+        self.providers = providers
+        await self.feed(policy.ModelsChanged(models))
+
+    async def publish_status(self) -> None:
+        """Tell the ingresses how the pool stands."""
+        state = self.state
+        trusted = [worker.status for worker in state.workers.values() if worker.trusted and not worker.status.stopping]
+        served = {provider for status in trusted for provider in status.providers}
+        waits = [policy.estimated_wait_ms(state, model) for model in state.models.values()]
+        status = PoolStatus(
+            pool=self.name,
+            term=state.term,
+            at_ms=now_ms(),
+            ready_models=sorted({lease.model for lease in state.leases.values() if lease.state == "active"}),
+            servable_models=sorted(model.id for model in state.models.values() if model.provider in served),
+            queued=state.queued,
+            running=len(state.running),
+            estimated_wait_ms=max(waits, default=0),
+            workers=sorted(status.worker for status in trusted),
+        )
+        metrics.POOL_QUEUED.labels(pool=self.name).set(state.queued)
+        metrics.POOL_RUNNING.labels(pool=self.name).set(len(state.running))
+        metrics.WORKERS.labels(pool=self.name).set(len(trusted))
+        await self._producer.send(POOL_STATUS.name, msgspec.json.encode(status), key=self.name)
+
+
+def waiting_terminal(routed: Routed, attempt: int, status: Status, error: ErrorInfo) -> Terminal:
+    """The terminal of a request that never reached a worker."""
+    return Terminal(
+        request_id=routed.request_id,
+        tenant=routed.tenant,
+        attempt=attempt,
+        epoch=0,
+        status=status,
+        key_id=routed.key_id,
+        model=routed.model,
+        alias=routed.alias,
+        pool=routed.pool,
+        stream=routed.stream,
+        reply_partition=routed.reply_partition,
+        error=error,
+        timings=Timings(accepted_ms=routed.accepted_ms, routed_ms=routed.routed_ms, finished_ms=now_ms()),
+        price=routed.price,
+    )

@@ -1,0 +1,124 @@
+"""What a scheduler reads beside its own stream: the request log, cancellations and heartbeats, whole, without a group.
+
+Faust does not co-partition these with `inference.routed`, so each scheduler reads them all and keeps what concerns it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import msgspec
+import structlog
+from aiokafka import TopicPartition
+
+from schemas.events import Cancellation, WorkerStatus
+from topics.catalogue import CANCELLATIONS, LOG, POOL_TERMS, WORKER_STATUS
+from topics.clients import LogReader, Record
+from topics.request_log import LogView
+
+log = structlog.get_logger(__name__)
+
+
+class _Head(msgspec.Struct, tag_field="type", tag="terminal"):
+    """The part of a terminal that scheduling needs."""
+
+    request_id: str
+    attempt: int
+
+
+class _Opened(msgspec.Struct, tag_field="type", tag="attempt_opened"):
+    request_id: str
+    attempt: int
+
+
+_head = msgspec.json.Decoder(_Head | _Opened)
+_cancellation = msgspec.json.Decoder(Cancellation)
+_status = msgspec.json.Decoder(WorkerStatus)
+
+
+class Tails:
+    """One consumer over the topics. Handlers are awaited in partition order."""
+
+    def __init__(
+        self,
+        bootstrap: str,
+        *,
+        on_terminal: Callable[[str], Awaitable[None]],
+        on_cancellation: Callable[[Cancellation], Awaitable[None]],
+        on_heartbeat: Callable[[WorkerStatus], Awaitable[None]],
+        on_term: Callable[[str, int], Awaitable[None]],
+    ) -> None:
+        self._reader = LogReader(bootstrap, "scheduler-tails", max_wait_ms=1000)
+        self._on_terminal = on_terminal
+        self._on_cancellation = on_cancellation
+        self._on_heartbeat = on_heartbeat
+        self._on_term = on_term
+        self.view = LogView()
+        """What the log says of attempts and terminals, as far as it has been read."""
+        self._position: dict[TopicPartition, int] = {}
+        self._moved = asyncio.Condition()
+
+    async def start(self, since_ms: int) -> None:
+        """Position the log and the cancellations at `since_ms` (Unix ms); heartbeats and terms at their beginning."""
+        await self._reader.start()
+        assignment = self._reader.assign([LOG, CANCELLATIONS, WORKER_STATUS, POOL_TERMS])
+        dated = [tp for tp in assignment if tp.topic in (LOG.name, CANCELLATIONS.name)]
+        await self._reader.seek_to_time(dated, since_ms)
+        whole = [tp for tp in assignment if tp not in dated]
+        await self._reader.consumer.seek_to_beginning(*whole)
+        for tp in assignment:
+            self._position[tp] = await self._reader.consumer.position(tp)
+
+    async def stop(self) -> None:
+        """Close."""
+        await self._reader.stop()
+
+    async def run(self) -> None:
+        """Read for ever. Raises what a handler raises."""
+        consumer = self._reader.consumer
+        while True:
+            batches = await consumer.getmany(timeout_ms=5000, max_records=500)
+            for tp, records in batches.items():
+                for record in records:
+                    await self._one(record)
+                self._position[tp] = records[-1].offset + 1
+            if batches:
+                async with self._moved:
+                    self._moved.notify_all()
+
+    async def reached(self, positions: dict[TopicPartition, int]) -> None:
+        """Return when every partition has been read up to (not including) the given offsets."""
+        async with self._moved:
+            await self._moved.wait_for(
+                lambda: all(self._position.get(tp, 0) >= offset for tp, offset in positions.items())
+            )
+
+    async def ends(self) -> dict[TopicPartition, int]:
+        """The ends of all partitions now: positions for `reached`."""
+        ends: dict[TopicPartition, int] = await self._reader.consumer.end_offsets(list(self._position))
+        return ends
+
+    async def _one(self, record: Record) -> None:
+        if record.value is None:
+            return
+        try:
+            if record.topic == LOG.name:
+                await self._log_record(_head.decode(record.value))
+            elif record.topic == CANCELLATIONS.name:
+                await self._on_cancellation(_cancellation.decode(record.value))
+            elif record.topic == POOL_TERMS.name:
+                await self._on_term((record.key or b"").decode(), record.offset)
+            else:
+                await self._on_heartbeat(_status.decode(record.value))
+        except msgspec.MsgspecError as error:
+            # Those who own these topics bury what they cannot read; a tail that did so too would bury it twice.
+            log.error(
+                "unreadable", topic=record.topic, partition=record.partition, offset=record.offset, error=str(error)
+            )
+
+    async def _log_record(self, head: _Head | _Opened) -> None:
+        if isinstance(head, _Opened):
+            self.view.opened(head.request_id, head.attempt)
+        elif self.view.ended(head.request_id, head.attempt):
+            await self._on_terminal(head.request_id)
