@@ -1,0 +1,1 @@
+"""The worker: loads models through providers, generates, writes frames and one terminal a request."""

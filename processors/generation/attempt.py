@@ -1,0 +1,215 @@
+"""One attempt at a request: generate, write frames, then one terminal; its frame only when the terminal is durable."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import msgspec
+import structlog
+
+from headrace import metrics
+from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest, ProviderError
+from processors.generation.answer import Answer
+from processors.generation.bodies import Bodies
+from processors.generation.frames_out import FrameWriter
+from processors.generation.providers.base import Provider
+from schemas.control import Model
+from schemas.events import CancelCommand, ErrorInfo, GenerateCommand, Stage, Status, Terminal, Timings
+from topics.catalogue import MAX_RESULT_BYTES
+from topics.outcomes import Outcomes, now_ms, terminal_delta
+
+log = structlog.get_logger(__name__)
+
+COUNT_TIMEOUT_S = 2.0
+"""How long an engine may take to count a prompt whose usage it did not report."""
+
+
+class Attempt:
+    """Runs one `GenerateCommand`. `run` never raises what the provider raises: that becomes the terminal."""
+
+    def __init__(
+        self,
+        command: GenerateCommand,
+        model: Model,
+        provider: Provider,
+        *,
+        worker: str,
+        writer: FrameWriter,
+        outcomes: Outcomes,
+        bodies: Bodies,
+    ) -> None:
+        self.command = command
+        self._model = model
+        self._provider = provider
+        self._worker = worker
+        self._writer = writer
+        self._outcomes = outcomes
+        self._bodies = bodies
+        self._answer = Answer(command.request.request_id, command.attempt, command.first_seq)
+        self._cancel: CancelCommand | None = None
+        self._generating: asyncio.Task[None] | None = None
+        self._started_ms = 0
+        self._first_token_ms = 0
+        self._log = log.bind(
+            request_id=command.request.request_id, attempt=command.attempt, epoch=command.epoch, model=model.id
+        )
+
+    def cancel(self, command: CancelCommand) -> None:
+        """End the generation at once; the terminal says why and holds what was generated."""
+        if self._cancel is None:
+            self._cancel = command
+            if self._generating is not None:
+                self._generating.cancel()
+
+    async def run(self) -> None:
+        """Generate to the end and write the terminal. Raises `KafkaError` when that could not be written."""
+        self._started_ms = now_ms()
+        request = self.command.request
+        await self._outcomes.event(
+            request.request_id, request.tenant, Stage.STARTED,
+            at_ms=self._started_ms, attempt=self.command.attempt, epoch=self.command.epoch,
+            detail={"worker": self._worker, "provider": self._provider.name},
+        )  # fmt: skip
+        status, error, body = Status.COMPLETED, None, None
+        try:
+            if self._cancel is None:
+                body = await self._body()
+                self._generating = asyncio.create_task(self._generate(body))
+                await self._generating
+            else:
+                status, error = self._cancelled()
+        except asyncio.CancelledError:
+            if self._cancel is None:
+                raise
+            status, error = self._cancelled()
+        except HeadraceError as failure:
+            status = Status.REJECTED if isinstance(failure, InvalidRequest) else Status.FAILED
+            error = failure.info()
+            if status is Status.FAILED:
+                metrics.PROVIDER_ERRORS.labels(provider=self._provider.name, code=error.code).inc()
+            self._log.warning("generation_failed", code=error.code, error=error.message, tokens=self._answer.tokens)
+        await self._finish(status, error, body)
+
+    def _cancelled(self) -> tuple[Status, ErrorInfo]:
+        assert self._cancel is not None
+        if self._cancel.status is Status.EXPIRED:
+            late = DeadlineExceeded("The deadline passed before the answer was complete; what was generated was sent.")
+            return Status.EXPIRED, late.info()
+        return Status.CANCELLED, ErrorInfo(499, "cancelled", self._cancel.reason)
+
+    async def _body(self) -> dict[str, Any]:
+        request = self.command.request
+        raw = bytes(request.body) if request.body else await self._bodies.fetch(request.ref)
+        body: dict[str, Any] = msgspec.json.decode(raw)
+        if request.max_tokens is not None and "max_tokens" not in body and "max_completion_tokens" not in body:
+            body["max_tokens"] = request.max_tokens
+        return body
+
+    async def _generate(self, body: dict[str, Any]) -> None:
+        answer, writer, partition = self._answer, self._writer, self.command.request.reply_partition
+        stream = self.command.request.stream
+        size = 0
+        async with contextlib.aclosing(self._provider.generate(self._model, body)) as batches:  # type: ignore[type-var]
+            async for batch in batches:
+                first = self._first_token_ms == 0
+                for piece in batch:
+                    delta = answer.add(piece)
+                    if delta is not None:
+                        size += len(delta.data)
+                        writer.add(partition, delta, urgent=first and stream, coarse=not stream)
+                if first and answer.started:
+                    await self._first_token()
+                if size > MAX_RESULT_BYTES:
+                    raise ProviderError(f"The answer is over {MAX_RESULT_BYTES} bytes; ask for fewer tokens.")
+        if answer.done is None:
+            raise ProviderError("The provider's stream ended in the middle of the answer.")
+
+    async def _first_token(self) -> None:
+        self._first_token_ms = now_ms()
+        request = self.command.request
+        await self._outcomes.event(
+            request.request_id, request.tenant, Stage.FIRST_TOKEN,
+            at_ms=self._first_token_ms, attempt=self.command.attempt, epoch=self.command.epoch,
+        )  # fmt: skip
+
+    async def _finish(self, status: Status, error: ErrorInfo | None, body: dict[str, Any] | None) -> None:
+        answer, command, request = self._answer, self.command, self.command.request
+        terminal = Terminal(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            attempt=command.attempt,
+            epoch=command.epoch,
+            status=status,
+            key_id=request.key_id,
+            model=self._model.id,
+            alias=request.alias,
+            pool=request.pool,
+            provider=self._provider.name,
+            worker=self._worker,
+            stream=request.stream,
+            reply_partition=request.reply_partition,
+            usage=answer.usage(await self._prompt_tokens(body)),
+            error=error,
+            choices=answer.choices(),
+            system_fingerprint=answer.done.system_fingerprint if answer.done is not None else None,
+            timings=Timings(
+                accepted_ms=request.accepted_ms,
+                routed_ms=request.routed_ms,
+                assigned_ms=command.assigned_ms,
+                started_ms=self._started_ms,
+                first_token_ms=self._first_token_ms,
+                finished_ms=now_ms(),
+            ),
+            price=request.price,
+            last_seq=answer.seq,
+        )
+        metrics.GENERATED_TOKENS.labels(model=self._model.id).inc(terminal.usage.completion_tokens)
+        if request.stream:
+            await self._writer.settle(request.reply_partition)
+        await self._outcomes.terminal(terminal)
+        if not request.stream:
+            self._writer.drop(request.reply_partition, answer.rid)
+        self._writer.add(request.reply_partition, terminal_delta(terminal, command.attempt), urgent=True)
+        await self._writer.settle(request.reply_partition)
+        self._log.info("generation_ended", status=status.value, tokens=terminal.usage.completion_tokens)
+
+    async def _prompt_tokens(self, body: dict[str, Any] | None) -> int:
+        """The prompt's tokens where the provider did not report them: counted by the engine, else estimated."""
+        if self._answer.done is not None and self._answer.done.usage is not None:
+            return 0
+        if not self._answer.started or body is None:
+            return 0
+        counted = None
+        with contextlib.suppress(TimeoutError, HeadraceError):
+            async with asyncio.timeout(COUNT_TIMEOUT_S):
+                counted = await self._provider.count_prompt(self._model, body)
+        return self.command.request.prompt_tokens_estimate if counted is None else counted
+
+
+def unable(command: GenerateCommand, worker: str, error: HeadraceError) -> Terminal:
+    """The terminal of an attempt that could not begin."""
+    request = command.request
+    return Terminal(
+        request_id=request.request_id,
+        tenant=request.tenant,
+        attempt=command.attempt,
+        epoch=command.epoch,
+        status=Status.FAILED,
+        key_id=request.key_id,
+        model=request.model,
+        alias=request.alias,
+        pool=request.pool,
+        worker=worker,
+        stream=request.stream,
+        reply_partition=request.reply_partition,
+        error=error.info(),
+        timings=Timings(
+            accepted_ms=request.accepted_ms,
+            routed_ms=request.routed_ms,
+            assigned_ms=command.assigned_ms,
+            finished_ms=now_ms(),
+        ),
+        price=request.price,
+    )

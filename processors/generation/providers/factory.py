@@ -1,0 +1,97 @@
+"""From a provider record to a provider."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TypeVar
+
+import msgspec
+from ollama import AsyncClient
+
+from headrace.errors import ProviderError
+from processors.generation.providers.base import Provider
+from processors.generation.providers.endpoint import Endpoint, parse_base_url
+from processors.generation.providers.llama_cpp import LlamaCpp
+from processors.generation.providers.llama_cpp import Options as LlamaOptions
+from processors.generation.providers.ollama import Ollama
+from processors.generation.providers.openai import OpenAICompatible
+from processors.generation.providers.pool import Pool
+from schemas import control
+
+OLLAMA_URL = "http://127.0.0.1:11434"
+IDLE_TIMEOUT_S = 120.0
+
+Options = TypeVar("Options", LlamaOptions, "RemoteOptions")
+
+
+class RemoteOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`options` of an openai or ollama provider record."""
+
+    idle_timeout_s: float = IDLE_TIMEOUT_S
+    """Seconds without a byte after which an answer has failed; it must cover the longest prefill."""
+    connect_timeout_s: float = 5.0
+
+
+def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.environ) -> Provider:
+    """The provider that a record describes; the API key is read from `environ`.
+
+    Raises `ProviderError` that names the record and what in it is wrong.
+    """
+    if record.kind == "llama_cpp":
+        return LlamaCpp(record.name, _options(record, LlamaOptions))
+    if record.kind == "openai":
+        if not record.base_url:
+            raise ProviderError(
+                f"provider {record.name!r} of kind openai needs a base_url, such as http://host:8000/v1"
+            )
+        return OpenAICompatible(record.name, _pool(record, _endpoint(record, record.base_url), environ))
+    if record.kind == "ollama":
+        endpoint = _endpoint(record, record.base_url or OLLAMA_URL)
+        pool = _pool(record, endpoint, environ)
+        options = _options(record, RemoteOptions)
+        client = AsyncClient(
+            host=record.base_url or OLLAMA_URL, headers=_headers(record, environ), timeout=options.idle_timeout_s
+        )
+        return Ollama(record.name, client, pool)
+    raise ProviderError(f"provider {record.name!r} has kind {record.kind!r}; it must be llama_cpp, ollama or openai")
+
+
+def _pool(record: control.Provider, endpoint: Endpoint, environ: Mapping[str, str]) -> Pool:
+    options = _options(record, RemoteOptions)
+    try:
+        return Pool(
+            record.name,
+            endpoint,
+            headers=_headers(record, environ),
+            idle_timeout_s=options.idle_timeout_s,
+            connect_timeout_s=options.connect_timeout_s,
+        )
+    except ValueError as problem:
+        raise ProviderError(str(problem)) from problem
+
+
+def _headers(record: control.Provider, environ: Mapping[str, str]) -> dict[str, str]:
+    name = record.api_key_env
+    if not name:
+        return {}
+    key = environ.get(name, "").strip()
+    if not key:
+        raise ProviderError(
+            f"provider {record.name!r} needs its API key in the environment variable {name}, which is not set here"
+        )
+    return {"Authorization": f"Bearer {key}"}
+
+
+def _endpoint(record: control.Provider, url: str) -> Endpoint:
+    try:
+        return parse_base_url(url)
+    except ValueError as problem:
+        raise ProviderError(f"provider {record.name!r}: {problem}") from problem
+
+
+def _options(record: control.Provider, shape: type[Options]) -> Options:
+    try:
+        return msgspec.convert(record.options, shape)
+    except msgspec.ValidationError as problem:
+        raise ProviderError(f"provider {record.name!r}: options: {problem}") from problem

@@ -1,0 +1,215 @@
+"""llama.cpp as a provider: one child process a model, asked over its OpenAI endpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import contextlib
+import importlib.util
+import os
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Mapping
+from pathlib import Path
+
+import msgspec
+
+from headrace.errors import ContextLengthExceeded, ProviderError, UnsupportedParameter
+from processors.generation.providers import chat, llama_body, llama_models
+from processors.generation.providers.base import BackendModel, LoadedModel, Piece, Provider
+from processors.generation.providers.fanout import fan_out
+from processors.generation.providers.llama_child import Launch
+from processors.generation.providers.llama_server import LlamaServer
+from schemas.control import Model
+
+BATCH_TOKENS = 64
+"""Prompt tokens in one go. Small on a CPU: a cancel, and every other stream, waits for at most one such batch."""
+
+
+class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`options` of a llama_cpp provider record."""
+
+    model_dir: str | None = None
+    """Where `.gguf` files lie, besides installed model wheels."""
+    threads: int | None = None
+    """Threads that compute; by default the cores this process may use."""
+    gpu_layers: int = -1
+    """Layers on the GPU; -1 lets the engine decide."""
+    batch_tokens: int = BATCH_TOKENS
+    chat_template: str | None = None
+    """File with a Jinja chat template in place of the models' own."""
+    embeddings: str | None = None
+    """Serve embeddings too, pooled as named: `model` (as the file says), `mean`, `cls` or `last`."""
+
+
+class LlamaCpp(Provider):
+    """Children of this process; they die with it."""
+
+    def __init__(self, name: str, options: Options | None = None) -> None:
+        self.name = name
+        self._options = options or Options()
+        self._servers: dict[str, tuple[Launch, LlamaServer]] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def health(self) -> None:
+        """Return when the engine is installed and every running child answers. Raises `ProviderError`."""
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise ProviderError(f"provider {self.name!r} needs the engine: pip install 'headrace[embedded]'")
+        for _, server in list(self._servers.values()):
+            if not server.exited and not await server.answers():
+                raise ProviderError(f"the engine of model {server.launch.alias!r} does not answer")
+
+    async def list(self) -> builtins.list[BackendModel]:
+        """The GGUF files of the model directory and of installed model wheels."""
+        models = await asyncio.to_thread(llama_models.available, self._model_dir)
+        return [BackendModel(tag=tag, bytes=path.stat().st_size) for tag, path in sorted(models.items())]
+
+    async def load(self, model: Model) -> LoadedModel:
+        """Start the model's child, or see that it runs with these parameters. Raises `ProviderError`."""
+        async with self._locks[model.id]:
+            launch = self._launch(model)
+            known = self._servers.get(model.id)
+            if known is not None and (known[0] != launch or not await known[1].answers()):
+                await self._stop(model.id)
+                known = None
+            if known is None:
+                known = launch, await LlamaServer.start(self.name, launch)
+                self._servers[model.id] = known
+            return LoadedModel(tag=model.backend_tag, bytes=known[1].resident_bytes())
+
+    async def unload(self, model: Model) -> None:
+        """End the model's child; its memory is free when this returns."""
+        async with self._locks[model.id]:
+            await self._stop(model.id)
+
+    async def resident(self) -> builtins.list[LoadedModel]:
+        """Running children with their measured memory."""
+        return [
+            LoadedModel(tag=launch.alias, bytes=server.resident_bytes())
+            for launch, server in self._servers.values()
+            if not server.exited
+        ]
+
+    async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
+        """Exact tokens of the prompt, by the engine's own template and tokenizer."""
+        server = self._running(model)
+        return await _count(server, llama_body.prepare(model, body, takes_tools=server.takes_tools))
+
+    async def generate(self, model: Model, body: Mapping[str, object]) -> AsyncGenerator[builtins.list[Piece], None]:
+        """See `Provider.generate`; `llama_body` says which parameters are honoured."""
+        server = self._running(model)
+        prepared = llama_body.prepare(model, body, takes_tools=server.takes_tools)
+        choices = chat.choices_of(body)
+        if choices > model.max_concurrency:
+            raise UnsupportedParameter(f"n can be at most {model.max_concurrency} for model {model.id!r}", param="n")
+        if server.slot_context > model.context_length:
+            prepared["max_tokens"] = _room(model, prepared, await _count(server, prepared))
+        where = f"model {model.id!r} of provider {self.name!r}"
+        streams = [
+            chat.stream_chat(
+                server.pool, where, chat.streamed(llama_body.for_choice(prepared, index), model.backend_tag)
+            )
+            for index in range(choices)
+        ]
+        try:
+            async with contextlib.aclosing(streams[0] if choices == 1 else fan_out(streams)) as stream:
+                async for batch in stream:
+                    yield batch
+        except ProviderError as problem:
+            if await server.wait_exited(0.5):
+                raise ProviderError(f"the engine of model {model.id!r} died: {server.how_it_ended()}") from problem
+            raise
+
+    async def embed(self, model: Model, texts: builtins.list[str]) -> builtins.list[builtins.list[float]]:
+        """One vector a text, if the provider's option `embeddings` is on."""
+        if self._options.embeddings is None:
+            raise UnsupportedParameter(f"provider {self.name!r} serves no embeddings: set its option embeddings")
+        body = msgspec.json.encode({"input": texts, "model": model.backend_tag})
+        answer = await self._running(model).pool.call("POST", "/embeddings", body)
+        vectors = msgspec.json.decode(answer, type=_Embeddings).data
+        return [one.embedding for one in sorted(vectors, key=lambda one: one.index)]
+
+    async def on_dead(self, model: Model) -> bool:
+        """Whether the model's child has ended by itself."""
+        known = self._servers.get(model.id)
+        return known is not None and known[1].exited
+
+    async def close(self) -> None:
+        """End every child."""
+        for model_id in list(self._servers):
+            await self._stop(model_id)
+
+    def server(self, model: Model) -> LlamaServer:
+        """The running child of a model. Raises `ProviderError` when it is not loaded."""
+        return self._running(model)
+
+    @property
+    def _model_dir(self) -> Path | None:
+        return Path(self._options.model_dir).expanduser() if self._options.model_dir else None
+
+    def _launch(self, model: Model) -> Launch:
+        options = self._options
+        template = Path(options.chat_template).read_text() if options.chat_template else ""
+        return Launch(
+            model_path=str(llama_models.resolve(model.backend_tag, self._model_dir)),
+            alias=model.backend_tag,
+            context_length=model.context_length,
+            slots=model.max_concurrency,
+            threads=options.threads or _cores(),
+            batch_tokens=options.batch_tokens,
+            gpu_layers=options.gpu_layers,
+            chat_template=template,
+            pooling=options.embeddings,
+            api_key="",
+            directory="",
+            parent=0,
+        )
+
+    def _running(self, model: Model) -> LlamaServer:
+        known = self._servers.get(model.id)
+        if known is None:
+            raise ProviderError(f"model {model.id!r} is not loaded on provider {self.name!r}")
+        if known[1].exited:
+            raise ProviderError(f"the engine of model {model.id!r} died: {known[1].how_it_ended()}")
+        return known[1]
+
+    async def _stop(self, model_id: str) -> None:
+        known = self._servers.get(model_id)
+        if known is not None:
+            await known[1].stop()
+            self._servers.pop(model_id, None)
+
+
+async def _count(server: LlamaServer, prepared: Mapping[str, object]) -> int:
+    answer = await server.pool.call("POST", "/chat/completions/input_tokens", msgspec.json.encode(prepared))
+    return msgspec.json.decode(answer, type=_Counted).input_tokens
+
+
+def _room(model: Model, prepared: Mapping[str, object], count: int) -> int:
+    """Tokens that the answer may have in a slot that is larger than the model's context."""
+    room = model.context_length - count
+    if room <= 0:
+        raise ContextLengthExceeded(
+            f"the prompt has {count} tokens, the context of model {model.id!r} {model.context_length}: shorten it",
+            param="messages",
+        )
+    wanted = prepared.get("max_tokens")
+    return min(room, wanted) if isinstance(wanted, int) else room
+
+
+class _Counted(msgspec.Struct):
+    input_tokens: int
+
+
+class _Vector(msgspec.Struct):
+    index: int
+    embedding: builtins.list[float]
+
+
+class _Embeddings(msgspec.Struct):
+    data: builtins.list[_Vector]
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

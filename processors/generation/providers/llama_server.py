@@ -1,0 +1,198 @@
+"""The worker's side of one llama.cpp child process: start, watch, ask, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from collections import deque
+from typing import cast
+from urllib.parse import urlsplit
+
+import msgspec
+import psutil  # type: ignore[import-untyped]
+import structlog
+
+from headrace.errors import ProviderError
+from processors.generation.providers.endpoint import Endpoint
+from processors.generation.providers.llama_child import Launch
+from processors.generation.providers.pool import Pool
+
+log = structlog.get_logger(__name__)
+
+TAIL_LINES = 12
+LINE_LIMIT = 400
+LOAD_TIMEOUT_S = 600.0
+END_TIMEOUT_S = 10.0
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+"""The engine's threads sleep at their barriers instead of spinning. Spinning threads that share their cores with others
+starve: measured on 2 busy cores, 5 tokens/s with it and 47 without. An operator's own setting comes first."""
+
+
+class LlamaServer:
+    """One running child. Made by `start`; afterwards it is alive until `stop`, or until `exited` says otherwise."""
+
+    def __init__(self, process: asyncio.subprocess.Process, launch: Launch) -> None:
+        self.launch = launch
+        self._process = process
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._reader = asyncio.create_task(self._read_log())
+        self.pool: Pool
+        self.root: Pool
+        self.slot_context = launch.context_length
+        """Tokens that a slot really holds: the engine rounds up to a multiple of 256."""
+        self.takes_tools = False
+        """Whether the model's chat template shows tools to the model."""
+
+    @classmethod
+    async def start(cls, name: str, launch: Launch) -> LlamaServer:
+        """Start a child for `launch` (its key, directory and parent are filled in) and return when it answers.
+
+        Raises `ProviderError` with the end of its log when it cannot load the model.
+        """
+        directory = tempfile.mkdtemp(prefix="headrace-llama-")
+        launch = msgspec.structs.replace(launch, api_key=secrets.token_hex(16), directory=directory, parent=os.getpid())
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "processors.generation.providers.llama_child",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**WAITING, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        server = cls(process, launch)
+        try:
+            await server._become_ready(name)
+        except BaseException:
+            await server.stop()
+            raise
+        log.info("engine_started", provider=name, model=launch.alias, pid=process.pid, bytes=server.resident_bytes())
+        return server
+
+    @property
+    def pid(self) -> int:
+        """Process id of the child."""
+        return self._process.pid
+
+    @property
+    def exited(self) -> bool:
+        """Whether the child has ended."""
+        return self._process.returncode is not None
+
+    async def answers(self) -> bool:
+        """Whether the child is there and answers; right after its death its exit may not have been noticed yet."""
+        if self.exited:
+            return False
+        try:
+            await self.root.call("GET", "/health")
+        except ProviderError:
+            return False
+        return True
+
+    async def wait_exited(self, timeout_s: float) -> bool:
+        """Whether the child ends within `timeout_s` seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), timeout_s)
+        return self.exited
+
+    def how_it_ended(self) -> str:
+        """Why the child is gone, with the end of its log."""
+        code = self._process.returncode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"killed by {signal.Signals(-code).name}" + (", perhaps for lack of memory" if code == -9 else "")
+        return f"{how}{': ' if self._tail else ''}{' | '.join(self._tail)}"
+
+    def resident_bytes(self) -> int:
+        """Resident memory of the child as the system measures it; 0 when it is gone."""
+        try:
+            return int(psutil.Process(self.pid).memory_info().rss)
+        except psutil.Error:
+            return 0
+
+    async def stop(self) -> None:
+        """Kill the child, reap it, and remove its directory."""
+        if not self.exited:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            try:
+                await asyncio.wait_for(self._process.wait(), END_TIMEOUT_S)
+            except TimeoutError as problem:
+                raise ProviderError(f"engine process {self.pid} does not end: its memory is still in use") from problem
+        self._reader.cancel()
+        for pool in (getattr(self, "pool", None), getattr(self, "root", None)):
+            if pool is not None:
+                await pool.close()
+        shutil.rmtree(self.launch.directory, ignore_errors=True)
+
+    async def _become_ready(self, name: str) -> None:
+        stdin = cast(asyncio.StreamWriter, self._process.stdin)
+        stdout = cast(asyncio.StreamReader, self._process.stdout)
+        stdin.write(msgspec.json.encode(self.launch) + b"\n")
+        try:
+            line = await asyncio.wait_for(stdout.readline(), LOAD_TIMEOUT_S)
+        except TimeoutError as problem:
+            raise ProviderError(f"{self.launch.alias!r} was not loaded within {LOAD_TIMEOUT_S:g} s") from problem
+        if not line.startswith(b"ready "):
+            await self.wait_exited(1.0)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(self._reader), 1.0)
+            raise ProviderError(f"model {self.launch.alias!r} cannot be loaded: {self.how_it_ended()}")
+        where = line[6:].decode().strip()
+        headers = {"Authorization": f"Bearer {self.launch.api_key}"}
+        self.root = Pool(name, _endpoint(where), headers=headers, max_idle=2)
+        self.pool = Pool(name, _endpoint(where, "/v1"), headers=headers, max_idle=self.launch.slots)
+        props = msgspec.json.decode(await self.root.call("GET", "/props"), type=_Props)
+        self.slot_context = props.default_generation_settings.n_ctx
+        if self.slot_context < self.launch.context_length:
+            raise ProviderError(
+                f"model {self.launch.alias!r} holds {self.slot_context} tokens, less than its context_length of"
+                f" {self.launch.context_length}: lower context_length"
+            )
+        self.takes_tools = props.chat_template_caps.get("supports_tools", False)
+
+    async def _read_log(self) -> None:
+        stderr = cast(asyncio.StreamReader, self._process.stderr)
+        while True:
+            try:
+                line = await stderr.readline()
+            except ValueError:  # a line over the reader's limit: drop it, the pipe must not fill up
+                continue
+            if not line:
+                return
+            if text := complaint(line.decode("utf-8", "replace")):
+                self._tail.append(text)
+
+
+def complaint(line: str) -> str:
+    """What a log line of the child says if it is an error, else nothing; warnings tell of every request."""
+    leveled = _LEVELED.match(line)
+    if leveled is None:
+        return line.strip()[:LINE_LIMIT]
+    return line[leveled.end() :].strip()[:LINE_LIMIT] if leveled[1] == "E" else ""
+
+
+_LEVELED = re.compile(r"[\d.]+ ([A-Z]) ")
+
+
+class _Settings(msgspec.Struct):
+    n_ctx: int
+
+
+class _Props(msgspec.Struct):
+    default_generation_settings: _Settings
+    chat_template_caps: dict[str, bool] = {}
+
+
+def _endpoint(address: str, prefix: str = "") -> Endpoint:
+    parts = urlsplit(address)
+    if parts.scheme == "unix":
+        return Endpoint(host="localhost", port=80, path=prefix, socket=parts.path)
+    return Endpoint(host=parts.hostname or "127.0.0.1", port=parts.port or 80, path=prefix)

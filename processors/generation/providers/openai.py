@@ -1,0 +1,116 @@
+"""Any OpenAI-compatible server as a provider: vLLM, llama-server, SGLang, TGI, a hosted API."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import AsyncGenerator, Mapping
+from typing import TypeVar
+
+import msgspec
+
+from headrace.errors import ProviderError
+from processors.generation.providers import chat
+from processors.generation.providers.base import BackendModel, LoadedModel, Piece, Provider
+from processors.generation.providers.pool import Pool
+from schemas.control import Model
+
+T = TypeVar("T")
+
+
+class _Meta(msgspec.Struct):
+    n_ctx: int | None = None
+
+
+class _Listed(msgspec.Struct):
+    id: str
+    max_model_len: int | None = None
+    """vLLM's and SGLang's name of the context length."""
+    meta: _Meta | None = None
+    """llama-server's."""
+
+
+class _List(msgspec.Struct):
+    data: list[_Listed] = []
+
+
+class _Embedding(msgspec.Struct):
+    index: int
+    embedding: list[float]
+
+
+class _Embeddings(msgspec.Struct):
+    data: list[_Embedding]
+
+
+class OpenAICompatible(Provider):
+    """A server that somebody else runs: it loads and unloads by its own rules, so only its answers are observed."""
+
+    def __init__(self, name: str, pool: Pool) -> None:
+        self.name = name
+        self._pool = pool
+        self._where = f"provider {name!r} ({pool.endpoint})"
+        self._loaded: dict[str, Model] = {}
+
+    async def health(self) -> None:
+        """Return when the server lists its models. Raises `ProviderError`."""
+        await self._models()
+
+    async def list(self) -> builtins.list[BackendModel]:
+        """The models that the server says it serves. Raises `ProviderError`."""
+        return [
+            BackendModel(tag=model.id, context_length=model.max_model_len or (model.meta.n_ctx if model.meta else None))
+            for model in await self._models()
+        ]
+
+    async def load(self, model: Model) -> LoadedModel:
+        """See that the server serves the tag. Raises `ProviderError` with what it serves instead."""
+        served = await self.list()
+        found = next((one for one in served if one.tag == model.backend_tag), None)
+        if found is None:
+            names = ", ".join(one.tag for one in served[:20]) or "nothing"
+            raise ProviderError(f"{self._where} does not serve {model.backend_tag!r}; it serves: {names}")
+        if found.context_length is not None and found.context_length < model.context_length:
+            raise ProviderError(
+                f"{self._where} serves {model.backend_tag!r} with {found.context_length} tokens of context, less than"
+                f" the {model.context_length} of model {model.id!r}: lower its context_length"
+            )
+        self._loaded[model.id] = model
+        return LoadedModel(tag=model.backend_tag)
+
+    async def unload(self, model: Model) -> None:
+        """Forget the model; the memory is the server's own."""
+        self._loaded.pop(model.id, None)
+
+    async def resident(self) -> builtins.list[LoadedModel]:
+        """The models in use here; their bytes are the server's own matter."""
+        return [LoadedModel(tag=tag) for tag in dict.fromkeys(one.backend_tag for one in self._loaded.values())]
+
+    async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
+        """None: this API has no call that counts; the server itself refuses what is too long."""
+        return None
+
+    def generate(self, model: Model, body: Mapping[str, object]) -> AsyncGenerator[builtins.list[Piece], None]:
+        """See `Provider.generate`; every field goes on to the server, which refuses what it does not know."""
+        return chat.stream_chat(self._pool, self._where, chat.streamed(body, model.backend_tag))
+
+    async def embed(self, model: Model, texts: builtins.list[str]) -> builtins.list[builtins.list[float]]:
+        """One vector a text, in their order. Raises `ProviderError`, or `ProviderRefused` where there are none."""
+        body = msgspec.json.encode({"model": model.backend_tag, "input": texts, "encoding_format": "float"})
+        answer = self._read(await self._pool.call("POST", "/embeddings", body), _Embeddings)
+        vectors = {one.index: one.embedding for one in answer.data}
+        if sorted(vectors) != builtins.list(range(len(texts))):
+            raise ProviderError(f"{self._where} gave {len(vectors)} embeddings for {len(texts)} texts")
+        return [vectors[index] for index in range(len(texts))]
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._pool.close()
+
+    async def _models(self) -> builtins.list[_Listed]:
+        return self._read(await self._pool.call("GET", "/models"), _List).data
+
+    def _read(self, answer: bytes, shape: type[T]) -> T:
+        try:
+            return msgspec.json.decode(answer, type=shape)
+        except (msgspec.DecodeError, UnicodeDecodeError) as problem:
+            raise ProviderError(f"{self._where} sent what is not its API: {problem}") from problem

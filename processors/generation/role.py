@@ -1,0 +1,114 @@
+"""The generation agent: reads `worker.<id>.commands`, and tells its scheduler every second what it holds and runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+import msgspec
+import structlog
+import uuid_utils
+from redis import asyncio as redis
+
+from headrace.errors import Unavailable
+from headrace.registry import Registry
+from headrace.settings import Settings
+from processors.generation.bodies import Bodies
+from processors.generation.frames_out import FrameWriter
+from processors.generation.providers.factory import make_provider
+from processors.generation.worker import Worker
+from schemas.events import Command
+from topics.agents import AgentRole, Message
+from topics.catalogue import WORKER_STATUS, worker_commands
+from topics.clients import Producer
+from topics.dead_letters import bury
+from topics.outcomes import Outcomes
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT_S = 1.0
+_command: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
+
+
+class Role:
+    """The worker between its command topic and its heartbeats."""
+
+    def __init__(self, settings: Settings, producer: Producer, registry: Registry) -> None:
+        self._settings = settings
+        self._producer = producer
+        self._registry = registry
+        topic = worker_commands(settings.worker_id)
+        self.agent = AgentRole(settings, "worker", topic, self.handle, group=f"headrace-worker-{settings.worker_id}")
+        self.bodies = Bodies(settings.kafka_bootstrap)
+        self.worker = Worker(
+            settings.worker_id,
+            settings.pool,
+            uuid_utils.uuid7().hex,
+            make_provider,
+            FrameWriter(producer, self.agent.fail),
+            Outcomes(producer, "worker", settings.instance),
+            self.bodies,
+            self.agent.fail,
+        )
+
+    async def handle(self, batch: list[Message]) -> None:
+        """Obey a batch of commands."""
+        for message in batch:
+            try:
+                command = _command.decode(message.value or b"")
+            except msgspec.MsgspecError as error:
+                await bury(self._producer, message, reason=str(error), role="worker")
+                continue
+            await self.worker.obey(command)
+
+    async def heartbeat(self) -> None:
+        """Report at each change and each second, for ever. Raises `KafkaError`."""
+        while True:
+            self.worker.changed.clear()
+            self._follow_registry()
+            await self._producer.send(
+                WORKER_STATUS.name, msgspec.json.encode(self.worker.status()), key=self._settings.worker_id
+            )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.worker.changed.wait(), HEARTBEAT_S)
+
+    def _follow_registry(self) -> None:
+        with contextlib.suppress(Unavailable):
+            wanted = {name.strip() for name in self._settings.worker_providers.split(",")}
+            known = self._registry.snapshot.providers
+            self.worker.providers = sorted(name for name in known if "*" in wanted or name in wanted)
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """The role's life: on a wish to stop it takes no more work, lets running answers end, then leaves."""
+    client: redis.Redis = redis.from_url(settings.redis_url)
+    registry = Registry(client)
+    async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
+        await registry.start()
+        role = Role(settings, producer, registry)
+        heart = asyncio.create_task(role.heartbeat())
+        heart.add_done_callback(
+            lambda done: None if done.cancelled() else role.agent.fail(done.exception() or RuntimeError("heart"))
+        )
+        drained = asyncio.Event()
+        leaving = asyncio.create_task(_drain_first(stop, role.worker, settings.drain_timeout, drained))
+        try:
+            await role.agent.run(drained)
+        finally:
+            leaving.cancel()
+            if not drained.is_set():
+                await role.worker.drain(0)
+            heart.cancel()
+            await asyncio.gather(heart, leaving, return_exceptions=True)
+            await role.bodies.close()
+            await registry.stop()
+            await client.aclose()
+
+
+async def _drain_first(stop: asyncio.Event, worker: Worker, timeout_s: float, drained: asyncio.Event) -> None:
+    await stop.wait()
+    worker.begin_stop()
+    try:
+        await worker.drain(timeout_s)
+    finally:
+        drained.set()

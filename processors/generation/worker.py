@@ -1,0 +1,252 @@
+"""The worker: obeys its scheduler's commands, holds models, runs attempts, and reports what it holds and runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import structlog
+
+from headrace import metrics
+from headrace.errors import HeadraceError, ProviderError
+from processors.generation.attempt import Attempt, unable
+from processors.generation.bodies import Bodies
+from processors.generation.frames_out import FrameWriter
+from processors.generation.providers.base import Provider
+from schemas import control
+from schemas.events import (
+    CancelCommand,
+    Command,
+    GenerateCommand,
+    LoadCommand,
+    Resident,
+    RunningAttempt,
+    TermCommand,
+    UnloadCommand,
+    WorkerStatus,
+)
+from topics.outcomes import Outcomes, now_ms
+
+log = structlog.get_logger(__name__)
+
+MAX_RUNNING = 4096
+"""Hard bound on attempts at once, whatever a scheduler says."""
+REMEMBERED = 20_000
+"""Attempts that ended are remembered, so that a command that comes twice is obeyed once."""
+
+MakeProvider = Callable[[control.Provider], Provider]
+
+
+class _Held:
+    """A model that this worker holds, is loading, or failed to load."""
+
+    def __init__(self, command: LoadCommand, provider: Provider | None) -> None:
+        self.model = command.model
+        self.epoch = command.epoch
+        self.provider = provider
+        self.state = "loading"
+        self.bytes = 0
+        self.error = ""
+
+
+class Worker:
+    """One worker's whole state. Commands are handled in order, and none waits for a model or a generation."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        pool: str,
+        boot: str,
+        make_provider: MakeProvider,
+        writer: FrameWriter,
+        outcomes: Outcomes,
+        bodies: Bodies,
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self.id = worker_id
+        self.boot = boot
+        self.providers: list[str] = []
+        """Names of the providers that this worker serves; follows the registry."""
+        self.changed = asyncio.Event()
+        """Set when the next heartbeat should not wait."""
+        self._pool = pool
+        self._make_provider = make_provider
+        self._writer = writer
+        self._outcomes = outcomes
+        self._bodies = bodies
+        self._fail = fail
+        self._term = -1
+        self._stopping = False
+        self._made: dict[str, tuple[control.Provider, Provider]] = {}
+        self._held: dict[str, _Held] = {}
+        self._running: dict[str, Attempt] = {}
+        self._ended: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- commands ---------------------------------------------------------------------------------------------
+
+    async def obey(self, command: Command) -> None:
+        """Carry out one command. Long work is spawned."""
+        if command.term < self._term:
+            log.warning("stale_term", command=type(command).__name__, term=command.term, newest=self._term)
+            return
+        match command:
+            case TermCommand(term):
+                self._term = term
+                self.changed.set()
+            case CancelCommand(_, request_id):
+                if (attempt := self._running.get(request_id)) is not None:
+                    attempt.cancel(command)
+            case LoadCommand() if command.boot == self.boot:
+                self._load(command)
+            case UnloadCommand() if command.boot == self.boot:
+                self._unload(command)
+            case GenerateCommand() if command.boot == self.boot:
+                self._generate(command)
+            case _:
+                log.info("earlier_boot", command=type(command).__name__)
+
+    def _provider(self, record: control.Provider) -> Provider:
+        known = self._made.get(record.name)
+        if known is not None and known[0] == record:
+            return known[1]
+        if known is not None:
+            self._spawn(known[1].close())
+        made = self._make_provider(record)
+        self._made[record.name] = (record, made)
+        return made
+
+    def _load(self, command: LoadCommand) -> None:
+        known = self._held.get(command.model.id)
+        if known is not None and known.epoch >= command.epoch:
+            return
+        try:
+            held = _Held(command, self._provider(command.provider))
+        except HeadraceError as error:
+            log.error("provider_unusable", provider=command.provider.name, error=error.message)
+            self._held[command.model.id] = held = _Held(command, None)
+            held.state, held.error = "failed", error.message
+            self.changed.set()
+            return
+        self._held[command.model.id] = held
+        self.changed.set()
+        self._spawn(self._bring(held))
+
+    async def _bring(self, held: _Held) -> None:
+        began = time.monotonic()
+        try:
+            assert held.provider is not None
+            held.bytes = (await held.provider.load(held.model)).bytes
+            held.state = "active"
+            metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
+            log.info("model_loaded", model=held.model.id, epoch=held.epoch, bytes=held.bytes)
+        except HeadraceError as error:
+            held.state, held.error = "failed", error.message
+            log.error("model_load_failed", model=held.model.id, epoch=held.epoch, error=error.message)
+        self.changed.set()
+
+    def _unload(self, command: UnloadCommand) -> None:
+        held = self._held.get(command.model)
+        if held is not None and held.epoch <= command.epoch:
+            del self._held[command.model]
+            if held.provider is not None:
+                self._spawn(held.provider.unload(held.model))
+            self.changed.set()
+
+    def _generate(self, command: GenerateCommand) -> None:
+        request_id = command.request.request_id
+        running = self._running.get(request_id)
+        if (request_id, command.attempt) in self._ended or (
+            running is not None and running.command.attempt >= command.attempt
+        ):
+            log.info("command_again", request_id=request_id, attempt=command.attempt)
+            return
+        held = self._held.get(command.request.model)
+        if held is None or held.provider is None or held.epoch != command.epoch or len(self._running) >= MAX_RUNNING:
+            error = ProviderError("The worker no longer holds this model, or is full; send the request again.")
+            self._spawn(self._outcomes.end(unable(command, self.id, error)))
+            return
+        attempt = Attempt(
+            command, held.model, held.provider,
+            worker=self.id, writer=self._writer, outcomes=self._outcomes, bodies=self._bodies,
+        )  # fmt: skip
+        self._running[request_id] = attempt
+        metrics.GENERATING.set(len(self._running))
+        self._spawn(self._run(attempt, held, held.provider))
+
+    async def _run(self, attempt: Attempt, held: _Held, provider: Provider) -> None:
+        request_id = attempt.command.request.request_id
+        try:
+            await attempt.run()
+        finally:
+            if self._running.get(request_id) is attempt:
+                del self._running[request_id]
+            metrics.GENERATING.set(len(self._running))
+            self._ended[request_id, attempt.command.attempt] = None
+            while len(self._ended) > REMEMBERED:
+                self._ended.popitem(last=False)
+        if await provider.on_dead(held.model):
+            self._revive(held)
+
+    def _revive(self, held: _Held) -> None:
+        """The engine of a model died: load it again under the same lease."""
+        if held.state == "active" and self._held.get(held.model.id) is held:
+            log.error("engine_died", model=held.model.id, epoch=held.epoch)
+            held.state = "loading"
+            self.changed.set()
+            self._spawn(self._bring(held))
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    # --- reporting --------------------------------------------------------------------------------------------
+
+    def status(self) -> WorkerStatus:
+        """The heartbeat as it is now."""
+        return WorkerStatus(
+            worker=self.id,
+            boot=self.boot,
+            pool=self._pool,
+            term=self._term,
+            at_ms=now_ms(),
+            providers=list(self.providers),
+            resident=[
+                Resident(model_id, held.epoch, held.state, held.bytes, held.error)
+                for model_id, held in self._held.items()
+            ],
+            running=[
+                RunningAttempt(request_id, attempt.command.attempt, attempt.command.epoch)
+                for request_id, attempt in self._running.items()
+            ],
+            stopping=self._stopping,
+        )
+
+    # --- leaving ----------------------------------------------------------------------------------------------
+
+    def begin_stop(self) -> None:
+        """Take no more work: the next heartbeat says so."""
+        self._stopping = True
+        self.changed.set()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait for running attempts, then cancel what is left; close the providers."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self._running:
+                    await asyncio.sleep(0.05)
+        for request_id, attempt in list(self._running.items()):
+            attempt.cancel(CancelCommand(self._term, request_id, "The worker is stopping."))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=10)
+        for _, provider in self._made.values():
+            await provider.close()
