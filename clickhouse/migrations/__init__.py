@@ -1,0 +1,1 @@
+"""Numbered migrations. A released one never changes: a later one amends it."""

@@ -1,0 +1,247 @@
+"""Kafka records to ClickHouse rows. Pure; a row is a function of its record alone, so that a replay gives it again.
+
+No prompt and no output goes into a row: of a terminal's answer only its token counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from clickhouse.tables import ATTEMPTS, EVENTS, REQUESTS, USAGE, Table
+from schemas.events import STAGE_RANK, AttemptOpened, ErrorInfo, LifecycleEvent, Terminal, UsageEvent
+from topics import catalogue, request_log
+
+Row = tuple[object, ...]
+
+FIRST_WINS = 2**63
+"""A row's `precedence` is this minus its offset, so that of rows with one key the lowest offset is kept."""
+COST_PLACES = Decimal(1).scaleb(-18)
+COST_BOUND = Decimal(10) ** 20
+_EXACT = Context(prec=60, rounding=ROUND_HALF_EVEN)
+MAX_ID_CHARS = 64
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_EARLIEST_MS = int(datetime(2020, 1, 1, tzinfo=UTC).timestamp() * 1000)
+_LATEST_MS = int(datetime(2106, 1, 1, tzinfo=UTC).timestamp() * 1000)
+"""A DateTime, which TTL expressions use, ends in 2106."""
+_U16, _U32, _U64 = 2**16 - 1, 2**32 - 1, 2**64 - 1
+_I64 = 2**63 - 1
+
+
+class Unreadable(ValueError):
+    """A record that can never become a row; the message says why, without its content."""
+
+
+class Source(Protocol):
+    """What a row needs of a Kafka record; aiokafka's `ConsumerRecord` has it. `timestamp` is Unix ms."""
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def value(self) -> bytes | None: ...
+
+
+S = TypeVar("S", bound=Source)
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Generic[S]):
+    """One row, its table, and the record it came from."""
+
+    table: Table
+    row: Row
+    source: S
+
+
+def _time(ms: int, name: str) -> datetime:
+    if not _EARLIEST_MS <= ms < _LATEST_MS:
+        raise Unreadable(f"{name} is {ms}, which is no time in ms between 2020 and 2106")
+    return _EPOCH + timedelta(milliseconds=ms)
+
+
+def _maybe_time(ms: int, name: str) -> datetime | None:
+    return _time(ms, name) if ms else None
+
+
+def _count(value: int, name: str, highest: int = _U64, lowest: int = 0) -> int:
+    if not lowest <= value <= highest:
+        raise Unreadable(f"{name} is {value}, expected {lowest} to {highest}")
+    return value
+
+
+def _id(value: str, name: str) -> str:
+    if not 0 < len(value) <= MAX_ID_CHARS:
+        raise Unreadable(f"{name} has {len(value)} characters, expected 1 to {MAX_ID_CHARS}")
+    return value
+
+
+def _span(start_ms: int, end_ms: int) -> int | None:
+    """Milliseconds between two steps, None where one did not happen; hosts' clocks differ, so never below 0."""
+    return max(0, end_ms - start_ms) if start_ms and end_ms else None
+
+
+def _source(record: Source) -> tuple[int, int, int]:
+    return record.partition, record.offset, FIRST_WINS - record.offset
+
+
+def attempt_row(event: AttemptOpened, record: Source) -> Row:
+    """Row of `request_attempts_raw`. Raises `Unreadable`."""
+    return (
+        _id(event.request_id, "request_id"),
+        event.tenant,
+        _count(event.attempt, "attempt", _U32, 1),
+        _count(event.epoch, "epoch", _I64, -1),
+        event.worker,
+        event.reason,
+        _time(event.at_ms or record.timestamp, "at_ms"),
+        *_source(record),
+    )
+
+
+def request_row(event: Terminal, record: Source) -> Row:
+    """Row of `requests_raw`. Raises `Unreadable`."""
+    times, usage = event.timings, event.usage
+    error = event.error or ErrorInfo(status=0, code="", message="", type="")
+    accepted_ms = times.accepted_ms or record.timestamp
+    finished_ms = times.finished_ms or record.timestamp
+    return (
+        _id(event.request_id, "request_id"),
+        event.tenant,
+        event.key_id,
+        event.model,
+        event.alias,
+        event.pool,
+        event.provider,
+        event.worker,
+        event.status.value,
+        event.stream,
+        _count(event.attempt, "attempt", _U32, 1),
+        _count(event.epoch, "epoch", _I64, -1),
+        _count(error.status, "error.status", _U16),
+        error.code,
+        error.type,
+        error.message,
+        _count(usage.prompt_tokens, "prompt_tokens"),
+        _count(usage.cached_tokens, "cached_tokens"),
+        _count(usage.completion_tokens, "completion_tokens"),
+        _count(usage.reasoning_tokens, "reasoning_tokens"),
+        usage.estimated,
+        _count(event.price.version, "price.version", _I64, -1) if event.price is not None else -1,
+        _time(accepted_ms, "accepted_ms"),
+        _maybe_time(times.routed_ms, "routed_ms"),
+        _maybe_time(times.assigned_ms, "assigned_ms"),
+        _maybe_time(times.started_ms, "started_ms"),
+        _maybe_time(times.first_token_ms, "first_token_ms"),
+        _time(finished_ms, "finished_ms"),
+        _span(times.routed_ms, times.assigned_ms),
+        _span(times.accepted_ms, times.first_token_ms),
+        _span(times.started_ms, finished_ms),
+        max(0, finished_ms - accepted_ms),
+        *_source(record),
+    )
+
+
+def event_row(event: LifecycleEvent, record: Source) -> Row:
+    """Row of `request_events_raw`. Raises `Unreadable`."""
+    return (
+        _id(event.request_id, "request_id"),
+        event.tenant,
+        _count(event.attempt, "attempt", _U32),
+        STAGE_RANK.get(event.stage, 255),
+        str(event.stage),
+        event.role,
+        event.instance,
+        _count(event.epoch, "epoch", _I64, -1),
+        _time(event.at_ms or record.timestamp, "at_ms"),
+        {name: _text(value) for name, value in event.detail.items()},
+        *_source(record),
+    )
+
+
+def _text(value: str | int | float | bool) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def usage_row(event: UsageEvent, record: Source) -> Row:
+    """Row of `usage_raw`; a cost of more than 18 places is rounded half to even. Raises `Unreadable`."""
+    if not event.cost.is_finite() or abs(event.cost) >= COST_BOUND:
+        raise Unreadable("cost is not a finite number below 10^20")
+    return (
+        _id(event.usage_id, "usage_id"),
+        _id(event.request_id, "request_id"),
+        event.tenant,
+        event.key_id,
+        event.model,
+        event.alias,
+        event.provider,
+        event.worker,
+        event.status.value,
+        _count(event.attempts, "attempts", _U32),
+        _count(event.prompt_tokens, "prompt_tokens"),
+        _count(event.cached_tokens, "cached_tokens"),
+        _count(event.completion_tokens, "completion_tokens"),
+        _count(event.reasoning_tokens, "reasoning_tokens"),
+        event.estimated,
+        _count(event.price_version, "price_version", _I64, -1),
+        event.currency,
+        event.cost.quantize(COST_PLACES, context=_EXACT),
+        event.stream,
+        _time(event.accepted_ms or record.timestamp, "accepted_ms"),
+        _time(event.finished_ms or record.timestamp, "finished_ms"),
+        max(0, _count(event.queue_ms, "queue_ms", _I64, -_I64)),
+        max(0, _count(event.ttft_ms, "ttft_ms", _I64, -_I64)),
+        max(0, _count(event.generation_ms, "generation_ms", _I64, -_I64)),
+        *_source(record),
+    )
+
+
+_usage_decoder = msgspec.json.Decoder(UsageEvent)
+_event_decoder = msgspec.json.Decoder(LifecycleEvent)
+
+
+def _log(value: bytes, record: Source) -> tuple[Table, Row]:
+    decoded = request_log.decode(value)
+    if isinstance(decoded, AttemptOpened):
+        return ATTEMPTS, attempt_row(decoded, record)
+    return REQUESTS, request_row(decoded, record)
+
+
+def _event(value: bytes, record: Source) -> tuple[Table, Row]:
+    return EVENTS, event_row(_event_decoder.decode(value), record)
+
+
+def _usage(value: bytes, record: Source) -> tuple[Table, Row]:
+    return USAGE, usage_row(_usage_decoder.decode(value), record)
+
+
+_READERS: dict[str, Callable[[bytes, Source], tuple[Table, Row]]] = {
+    catalogue.LOG.name: _log,
+    catalogue.EVENTS.name: _event,
+    catalogue.USAGE.name: _usage,
+}
+TOPICS: Sequence[catalogue.Topic] = (catalogue.LOG, catalogue.EVENTS, catalogue.USAGE)
+"""The topics that become rows."""
+
+
+def read(record: S) -> Item[S]:
+    """The row of a record of one of `TOPICS`. Raises `Unreadable`."""
+    if record.value is None:
+        raise Unreadable("the record has no value")
+    try:
+        table, row = _READERS[record.topic](record.value, record)
+    except Unreadable:
+        raise
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise Unreadable(f"{type(error).__name__}: {error}") from None
+    return Item(table, row, record)

@@ -1,0 +1,107 @@
+"""The metering agent: reads `inference.log`, writes `usage.events`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable
+
+import msgspec
+import structlog
+from aiokafka import TopicPartition
+
+from headrace import metrics
+from headrace.settings import Settings
+from processors.metering.meter import usage_of
+from schemas.events import Terminal
+from topics import request_log
+from topics.agents import AgentRole, Message
+from topics.catalogue import LOG, USAGE
+from topics.clients import LogReader, Producer
+from topics.dead_letters import bury
+from topics.request_log import LogView
+
+log = structlog.get_logger(__name__)
+
+LONGEST_REQUEST_MS = 30 * 60_000
+"""What the log said of a request longer ago than this cannot concern a terminal that comes now."""
+
+
+class Metering:
+    """Folds the log into usage. What it must remember of a request is in the log itself, shortly before."""
+
+    def __init__(self, settings: Settings, producer: Producer) -> None:
+        self._settings = settings
+        self._producer = producer
+        self._views: dict[int, LogView] = {}
+        self._recent: list[tuple[float, int, str]] = []
+
+    async def handle(self, batch: list[Message]) -> None:
+        """Meter a batch; returns when its usage events are durable."""
+        waits: list[Awaitable[object]] = []
+        for message in batch:
+            try:
+                record = request_log.decode(message.value or b"")
+            except msgspec.MsgspecError as error:
+                waits.append(bury(self._producer, message, reason=str(error), role="metering"))
+                continue
+            view = self._views.get(message.partition)
+            if view is None:
+                view = self._views[message.partition] = await self._warm(message.partition, message.offset)
+            terminal = view.apply(record)
+            if terminal is not None:
+                waits.append(await self._meter(terminal))
+                self._recent.append((time.monotonic(), message.partition, terminal.request_id))
+        await asyncio.gather(*waits)
+        self._forget()
+
+    async def _meter(self, terminal: Terminal) -> Awaitable[object]:
+        usage = usage_of(terminal)
+        metrics.USAGE_EVENTS.labels(status=usage.status.value).inc()
+        metrics.USAGE_TOKENS.labels(model=usage.model, kind="prompt").inc(usage.prompt_tokens)
+        metrics.USAGE_TOKENS.labels(model=usage.model, kind="completion").inc(usage.completion_tokens)
+        return await self._producer.post(USAGE.name, msgspec.json.encode(usage), key=usage.tenant)
+
+    async def _warm(self, partition: int, upto: int) -> LogView:
+        """What the log said shortly before `upto`: a restart must judge a terminal as its predecessor would."""
+        view = LogView()
+        tp = TopicPartition(LOG.name, partition)
+        async with LogReader(self._settings.kafka_bootstrap, "metering-warm-up") as reader:
+            reader.assign([LOG], [partition])
+            await reader.seek_to_time([tp], int(time.time() * 1000) - LONGEST_REQUEST_MS)
+            if await reader.consumer.position(tp) < upto:
+                async for record in reader.read_to_end([tp]):
+                    if record.offset >= upto:
+                        break
+                    with contextlib.suppress(msgspec.MsgspecError):  # buried when it was met first
+                        view.apply(request_log.decode(record.value or b""))
+        return view
+
+    def forget_partitions(self, partitions: frozenset[int]) -> None:
+        """Another member may move these on; look back again when they return."""
+        for partition in partitions:
+            self._views.pop(partition, None)
+
+    def _forget(self) -> None:
+        horizon = time.monotonic() - LONGEST_REQUEST_MS / 1000
+        while self._recent and self._recent[0][0] < horizon:
+            _, partition, request_id = self._recent.pop(0)
+            if (view := self._views.get(partition)) is not None:
+                view.forget(request_id)
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """The role's life."""
+    async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
+        metering = Metering(settings, producer)
+        agent = AgentRole(settings, "metering", LOG, metering.handle)
+
+        async def lost(partitions: frozenset[int]) -> None:
+            metering.forget_partitions(partitions)
+
+        async def gained(partitions: frozenset[int]) -> None:
+            metering.forget_partitions(partitions)
+
+        agent.on_partitions(gained, lost)
+        await agent.run(stop)

@@ -1,0 +1,1 @@
+"""The sink role: Kafka to ClickHouse."""

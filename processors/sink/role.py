@@ -1,0 +1,179 @@
+"""The sink: usage, the request log and lifecycle events become ClickHouse rows, at least once, effectively once.
+
+Offsets are committed only after the rows are durable, and a row that comes again replaces itself. While ClickHouse is
+away the sink neither reads on nor gives up; Kafka holds what is to come, and metering does not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from clickhouse_connect.driver.asyncclient import AsyncClient
+
+from clickhouse.client import connect, database_name
+from clickhouse.errors import Away, code, is_data_error, sentence
+from clickhouse.projection import Outcome, Projection
+from clickhouse.rows import TOPICS
+from headrace import metrics
+from headrace.settings import Settings
+from processors.sink.batch import Batch, Limits
+from topics.clients import Producer, Record
+from topics.dead_letters import bury
+
+log = structlog.get_logger(__name__)
+
+ROLE = "sink"
+GROUP = "headrace-sink"
+POLL_S = 0.5
+"""Longest wait for records, and so the longest wait before a wish to stop is seen."""
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+MAX_POLL_INTERVAL_MS = 24 * 3_600_000
+"""A batch may wait for ClickHouse for hours without the member being thrown out of its group; a process that hangs
+is noticed by its heartbeats."""
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """The role is to stop while it waits for ClickHouse; what is not committed will be read again."""
+
+
+class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Drops what was read and not committed, since the group will deliver it again."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        self.count += 1
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        log.info("sink_assigned", partitions=len(assigned))
+
+
+class Sink:
+    """One member of the sink's group."""
+
+    def __init__(self, conf: Settings, stop: asyncio.Event, limits: Limits | None = None) -> None:
+        self._conf = conf
+        self._stop = stop
+        self._limits = limits or Limits()
+        self._database = database_name(conf)
+        self._rebalances = _Rebalances()
+        self._producer = Producer(conf.kafka_bootstrap, f"{ROLE}-{conf.instance}")
+        self._client: AsyncClient | None = None
+        self._consumer = AIOKafkaConsumer(
+            bootstrap_servers=conf.kafka_bootstrap,
+            client_id=f"{ROLE}-{conf.instance}",
+            group_id=GROUP,
+            group_instance_id=f"{GROUP}-{conf.instance}",
+            session_timeout_ms=6000,
+            heartbeat_interval_ms=1500,
+            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            fetch_max_wait_ms=int(POLL_S * 1000),
+        )
+
+    async def run(self) -> None:
+        """Read, write and commit until told to stop. Raises `KafkaError` on what only a new process can cure."""
+        self._consumer.subscribe([topic.name for topic in TOPICS], listener=self._rebalances)
+        async with self._producer:
+            await self._consumer.start()
+            try:
+                with contextlib.suppress(Stopped):
+                    await self._work()
+            finally:
+                await self._consumer.stop()
+                if self._client is not None:
+                    await self._client.close()
+
+    async def _work(self) -> None:
+        now = asyncio.get_running_loop().time
+        batch, seen = Batch(self._limits), self._rebalances.count
+        while not (self._stop.is_set() and not batch):
+            due = batch.due_in(now())
+            if due is None or (due > 0 and not self._stop.is_set()):
+                wait = POLL_S if due is None else min(due, POLL_S)
+                got = await self._consumer.getmany(timeout_ms=max(1, int(wait * 1000)), max_records=batch.room)
+                if seen != self._rebalances.count:
+                    batch, seen = Batch(self._limits), self._rebalances.count
+                for records in got.values():
+                    batch.add(records, now())
+                continue
+            started = now()
+            await self._flush(batch)
+            batch = Batch(self._limits, last_flush_s=started)
+
+    async def _flush(self, batch: Batch) -> None:
+        outcome = await self._until_durable(batch)
+        for record, reason in [*batch.unreadable, *((item.source, why) for item, why in outcome.refused)]:
+            metrics.SINK_REFUSED.labels(topic=record.topic).inc()
+            await bury(self._producer, record, reason=reason, role=ROLE)
+        await self._commit(batch.offsets())
+        for view, rows in outcome.written.items():
+            metrics.SINK_ROWS.labels(table=view).inc(rows)
+        metrics.SINK_VOID.inc(outcome.void)
+        oldest = batch.oldest_ms()
+        if oldest is not None:
+            metrics.SINK_DELAY_SECONDS.observe(max(0.0, time.time() - oldest / 1000))
+        for partition in self._consumer.assignment():
+            end = self._consumer.highwater(partition)
+            if end is not None:
+                lag = max(0, end - batch.offsets().get(partition, end))
+                metrics.SINK_LAG.labels(topic=partition.topic, partition=str(partition.partition)).set(lag)
+        log.debug("sink_batch", rows=outcome.written, void=outcome.void, bytes=batch.bytes)
+
+    async def _until_durable(self, batch: Batch) -> Outcome[Record]:
+        async def write() -> Outcome[Record]:
+            if self._client is None:
+                self._client = await connect(self._conf)
+            with metrics.SINK_INSERT_SECONDS.time():
+                return await Projection(self._client, self._database).write(batch.items)
+
+        metrics.SINK_BATCH_ROWS.observe(len(batch))
+        return await retry(write, self._stop)
+
+    async def _commit(self, offsets: dict[TopicPartition, int]) -> None:
+        held = self._consumer.assignment()
+        mine = {partition: offset for partition, offset in offsets.items() if partition in held}
+        try:
+            if mine:
+                await self._consumer.commit(mine)
+        except (CommitFailedError, IllegalStateError) as error:
+            log.info("sink_commit_after_rebalance", error=repr(error))
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+            # The next batch of these partitions commits for this one; until then a restart would read it again.
+            log.warning("sink_commit_failed", error=repr(error))
+
+
+async def retry(action: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
+    """Do `action` until ClickHouse lets it through, with growing pauses. Raises `Stopped` once `stop` is set."""
+    pause = FIRST_PAUSE_S
+    while True:
+        try:
+            return await action()
+        except Away as error:
+            if is_data_error(error):
+                raise
+            metrics.SINK_RETRIES.labels(code=str(code(error) or "unreachable")).inc()
+            log.warning("sink_insert_failed", error=sentence(error), code=code(error), again_in_s=pause)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), pause)
+        if stop.is_set():
+            raise Stopped
+        pause = min(pause * 2, LONGEST_PAUSE_S)
+
+
+async def run(settings: Settings, stop: asyncio.Event) -> None:
+    """Run the sink until `stop` is set."""
+    await Sink(settings, stop).run()
