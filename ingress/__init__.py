@@ -1,0 +1,1 @@
+"""The ingress: OpenAI's API over HTTP on the one side, Kafka on the other."""

@@ -1,0 +1,36 @@
+"""The web application: routes, errors, CORS and trusted proxies."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from headrace import __version__
+from ingress import http_errors, ops, requests
+from ingress.openai import chat, models, resume
+from ingress.services import Services
+
+
+def make_app(services: Services) -> FastAPI:
+    """The application over running services."""
+    app = FastAPI(
+        title="Headrace",
+        version=__version__,
+        description="OpenAI-compatible serving of language models as a stream of events.",
+        docs_url="/docs",
+        redoc_url=None,
+    )
+    app.state.services = services
+    http_errors.install(app)
+    origins = [origin.strip() for origin in services.settings.cors_origins.split(",") if origin.strip()]
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "OPTIONS"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "x-hr-stream-id", "retry-after"],
+        )
+    for module in (chat, resume, models, requests, ops):
+        app.include_router(module.router)
+    return app

@@ -1,0 +1,84 @@
+"""The body of a chat request, read and checked: bounded, valid JSON, and every field known. Nothing is published before."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from headrace.errors import BodyTooLarge, ContextLengthExceeded, HeadraceError, InvalidRequest, UnsupportedParameter
+from schemas.control import Model
+from schemas.openai import ChatCompletionRequest
+from topics.catalogue import MAX_BODY_BYTES
+
+MAX_TOKEN_BYTES = 128
+"""No common tokenizer has a longer token, so a text of n bytes is at least n / 128 tokens."""
+
+
+async def read_body(request: Request) -> bytes:
+    """The raw body. Raises `BodyTooLarge` as soon as it is known to be, and `InvalidRequest` when it is cut short."""
+    too_large = BodyTooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes.")
+    declared = request.headers.get("content-length")
+    if declared is not None and declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > MAX_BODY_BYTES:
+                raise too_large
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise InvalidRequest("The body ended before its announced length.") from None
+    return b"".join(chunks)
+
+
+def parse(raw: bytes) -> ChatCompletionRequest:
+    """The request in a body. Raises `InvalidRequest` or `UnsupportedParameter`, naming the field."""
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8: byte {error.start} is invalid.") from None
+    try:
+        return ChatCompletionRequest.model_validate_json(raw)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _explain(error: ValidationError) -> HeadraceError:
+    problem = error.errors(include_url=False, include_context=False)[0]
+    path = _path(problem["loc"])
+    if problem["type"] == "json_invalid":
+        return InvalidRequest(f"The body is not valid JSON: {problem['msg']}.")
+    if problem["type"] == "extra_forbidden":
+        return UnsupportedParameter(f"The parameter {path!r} is not supported; leave it out.", param=path)
+    if problem["type"] == "missing":
+        return InvalidRequest(f"The parameter {path!r} is required.", param=path)
+    message = problem["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"{path}: {message}." if path else f"{message}.", param=path or None)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """`messages[0].content` for ("messages", 0, "content"); names of union branches are left out."""
+    parts = ""
+    for part in location:
+        if isinstance(part, int):
+            parts += f"[{part}]"
+        elif part.isidentifier() and not part[0].isupper() and part not in ("str", "list", "function-after", "literal"):
+            parts += f".{part}" if parts else part
+    return parts
+
+
+def check_context(body: ChatCompletionRequest, model: Model) -> None:
+    """Refuse what a byte bound proves to be too long. The worker counts exactly. Raises `ContextLengthExceeded`."""
+    size = 0
+    for message in body.messages:
+        if isinstance(message.content, str):
+            size += len(message.content.encode())
+        elif message.content is not None:
+            size += sum(len(part.text.encode()) for part in message.content)
+    if size // MAX_TOKEN_BYTES > model.context_length:
+        raise ContextLengthExceeded(
+            f"The prompt of {size} bytes cannot fit the model's context of {model.context_length} tokens; shorten it.",
+            param="messages",
+        )

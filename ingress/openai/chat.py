@@ -1,0 +1,166 @@
+"""`POST /v1/chat/completions`: admit, publish, answer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from dataclasses import dataclass
+
+import structlog
+from aiokafka.errors import KafkaError
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from headrace import metrics
+from headrace.errors import InvalidRequest, Unavailable
+from ingress.auth import allowed_model, caller
+from ingress.idempotency import Reservations
+from ingress.openai.answer import ChatAnswer, Ticket
+from ingress.openai.body import check_context, parse, read_body
+from ingress.services import Services
+from schemas.control import Key
+from schemas.events import Stage
+from schemas.ids import PublicId, idempotent_request_id, new_request_id
+from schemas.openai import ChatCompletionRequest
+from topics.catalogue import REQUESTS
+from topics.clients import Producer
+from topics.envelope import Envelope
+
+log = structlog.get_logger(__name__)
+router = APIRouter()
+
+PRODUCE_TIMEOUT_S = 5.0
+MAX_RESUME_S = 3600
+MAX_DEADLINE_S = 1800.0
+DEFAULT_RESUME_S = 30
+"""Grace of requests that can be resumed but name no time of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the headers of a request ask for."""
+
+    idempotency_key: str | None
+    resume_s: int
+    deadline_s: float
+    traceparent: str | None
+
+
+def wishes(request: Request, default_deadline_s: float) -> Wishes:
+    """The wishes in a request's headers. Raises `InvalidRequest`, naming the header."""
+    headers = request.headers
+    key = headers.get("idempotency-key")
+    if key is not None:
+        Reservations.check_key(key)
+    resume_s = DEFAULT_RESUME_S if key is not None else 0
+    if (text := headers.get("x-hr-resume")) is not None:
+        if not text.isdigit() or not 0 <= int(text) <= MAX_RESUME_S:
+            raise InvalidRequest(f"x-hr-resume must be whole seconds from 0 to {MAX_RESUME_S}.", param="x-hr-resume")
+        resume_s = int(text)
+    deadline_s = default_deadline_s
+    if (text := headers.get("x-request-timeout")) is not None:
+        try:
+            deadline_s = float(text)
+        except ValueError:
+            deadline_s = -1.0
+        if not 0 < deadline_s <= MAX_DEADLINE_S:
+            raise InvalidRequest(
+                f"x-request-timeout must be seconds, above 0 and at most {MAX_DEADLINE_S:g}.", param="x-request-timeout"
+            )
+    return Wishes(key, resume_s, deadline_s, headers.get("traceparent"))
+
+
+@router.post("/v1/chat/completions")
+async def create(request: Request) -> Response:
+    """Create a chat completion, streamed or not. Shapes are OpenAI's."""
+    services: Services = request.app.state.services
+    key = await caller(request, services.registry)
+    raw = await read_body(request)
+    wanted = wishes(request, services.settings.request_deadline)
+    body = parse(raw)
+    model = allowed_model(key, services.registry, body.model)
+    check_context(body, model)
+    if not services.replies.ready or services.draining.is_set():
+        raise Unavailable("This ingress is starting or stopping; try again shortly.")
+    ticket = await _ticket(services, key, raw, wanted)
+    if ticket.first:
+        services.pools.check(model, wanted.deadline_s)
+    answer = ChatAnswer(services, key, ticket, body)
+    if ticket.first:
+        answer.attach()
+        try:
+            await _publish(services, key, raw, wanted, ticket, body)
+        except BaseException:
+            answer.detach()
+            raise
+        metrics.ACCEPTED.labels(model=model.id).inc()
+    return answer
+
+
+async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> Ticket:
+    """The id of the request: new, or that of the one that an Idempotency-Key names."""
+    digest = hashlib.sha256(raw).hexdigest()
+    partition = services.replies.partition
+    now = time.time_ns() // 1_000_000
+    if wanted.idempotency_key is None:
+        return Ticket(PublicId(new_request_id(), partition, now), digest, wanted.resume_s, first=True)
+    request_id = idempotent_request_id(key.app, wanted.idempotency_key)
+    held = await services.reservations.reserve(key.app, request_id, digest, partition)
+    if held is None:
+        return Ticket(PublicId(request_id, partition, now), digest, wanted.resume_s, first=True)
+    public = PublicId(request_id, held.reply_partition, held.created_ms)
+    return Ticket(public, digest, wanted.resume_s, first=False)
+
+
+async def _publish(
+    services: Services, key: Key, raw: bytes, wanted: Wishes, ticket: Ticket, body: ChatCompletionRequest
+) -> None:
+    """Publish, and return when the brokers have acknowledged. Raises `Unavailable`."""
+    request_id, partition, created_ms = ticket.public
+    envelope = Envelope(
+        request_id=request_id,
+        source=f"/headrace/ingress/{services.settings.instance}",
+        time_ms=created_ms,
+        tenant=key.app,
+        key_id=key.id,
+        reply_partition=partition,
+        digest=ticket.digest,
+        deadline_s=wanted.deadline_s,
+        resume_s=wanted.resume_s,
+        idempotency_key=wanted.idempotency_key,
+        traceparent=wanted.traceparent,
+    )
+    sending = asyncio.ensure_future(_send(services.producer, request_id, raw, envelope))
+    try:
+        await asyncio.wait_for(asyncio.shield(sending), PRODUCE_TIMEOUT_S)
+    except (KafkaError, TimeoutError) as error:
+        log.error("publish_failed", request_id=request_id, error=repr(error))
+        # The outcome may be unknown. If the brokers take it after all, nobody waits: it is cancelled then.
+        sending.add_done_callback(lambda sent: _too_late(services, request_id, key.app, sent))
+        if wanted.idempotency_key is not None:
+            await services.reservations.release(key.app, request_id)
+        raise Unavailable(
+            f"The request {request_id} could not be stored; it will not be answered. Send it again.", retry_after_s=2
+        ) from error
+    except asyncio.CancelledError:
+        sending.add_done_callback(lambda sent: _too_late(services, request_id, key.app, sent))
+        raise
+    if wanted.idempotency_key is not None:
+        await services.reservations.confirm(key.app, request_id, ticket.digest, partition, created_ms)
+    await services.outcomes.event(
+        request_id,
+        key.app,
+        Stage.ACCEPTED,
+        at_ms=created_ms,
+        detail={"alias": body.model, "stream": bool(body.stream), "bytes": len(raw), "key_id": key.id},
+    )
+
+
+async def _send(producer: Producer, request_id: str, raw: bytes, envelope: Envelope) -> None:
+    await producer.send(REQUESTS.name, raw, key=request_id, headers=envelope.headers())
+
+
+def _too_late(services: Services, request_id: str, tenant: str, sent: asyncio.Future[None]) -> None:
+    if not sent.cancelled() and sent.exception() is None:
+        services.attachments.left(request_id, tenant, 0, reason="The ingress had given up on publishing it.")

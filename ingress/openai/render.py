@@ -1,0 +1,109 @@
+"""Answers in OpenAI's shapes: chunks of a stream as bytes, whole answers and errors as objects. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from schemas.events import ErrorInfo, Terminal, Usage
+from topics.frames import Delta, Kind
+
+_json = msgspec.json.Encoder()
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": waiting\n\n"
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """Usage as OpenAI writes it."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def error_object(error: ErrorInfo) -> dict[str, Any]:
+    """The error object of OpenAI's API."""
+    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+
+
+def completion(public_id: str, created: int, alias: str, terminal: Terminal) -> bytes:
+    """The body of a non-streamed answer."""
+    return _json.encode(
+        {
+            "id": public_id,
+            "object": "chat.completion",
+            "created": created,
+            "model": alias,
+            "choices": terminal.choices if terminal.choices else [],
+            "usage": usage_object(terminal.usage),
+            "system_fingerprint": terminal.system_fingerprint,
+        }
+    )
+
+
+class ChunkRenderer:
+    """Turns the deltas of one request into server-sent events. Ids are `attempt:seq`."""
+
+    __slots__ = ("_after", "_before", "_include_usage", "_roles")
+
+    def __init__(self, public_id: str, created: int, alias: str, *, include_usage: bool) -> None:
+        self._before = (
+            b'{"id":"%b","object":"chat.completion.chunk","created":%d,"model":%b,"system_fingerprint":null,"choices":'
+            % (public_id.encode(), created, _json.encode(alias))
+        )
+        self._after = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        self._include_usage = include_usage
+        self._roles: set[int] = set()
+
+    def _event(self, delta: Delta, choices: bytes) -> bytes:
+        return b"id: %d:%d\ndata: %b%b%b" % (delta.attempt, delta.seq, self._before, choices, self._after)
+
+    def _role(self, delta: Delta, index: int) -> bytes:
+        """The chunk that opens a choice. It bears no id, so that a resumed stream cannot begin between it and its text."""
+        if index in self._roles:
+            return b""
+        self._roles.add(index)
+        return (
+            b'data: %b[{"index":%d,"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,'
+            b'"finish_reason":null}]%b' % (self._before, index, self._after)
+        )
+
+    def opened(self, indexes: set[int]) -> None:
+        """Take it that the caller has had the role chunks of these choices (it resumes)."""
+        self._roles |= indexes
+
+    def delta(self, delta: Delta) -> bytes:
+        """The events of a TEXT, CHOICES or FINISH delta."""
+        if delta.kind == Kind.TEXT:
+            event = self._event(
+                delta,
+                b'[{"index":%d,"delta":{"content":%b},"logprobs":null,"finish_reason":null}]'
+                % (delta.index, _json.encode(delta.data)),
+            )
+            return event if delta.index in self._roles else self._role(delta, delta.index) + event
+        if delta.kind == Kind.FINISH:
+            return self._role(delta, delta.index) + self._event(
+                delta,
+                b'[{"index":%d,"delta":{},"logprobs":null,"finish_reason":%b}]'
+                % (delta.index, _json.encode(delta.data)),
+            )
+        choices = msgspec.json.decode(delta.data)
+        roles = b"".join(self._role(delta, choice.get("index", 0)) for choice in choices)
+        return roles + self._event(delta, delta.data.encode())
+
+    def end(self, terminal: Terminal) -> bytes:
+        """The last events: usage if it was asked for and `[DONE]`, or the error that ended the stream."""
+        if terminal.error is not None:
+            return self.error(terminal.error)
+        if not self._include_usage:
+            return DONE
+        usage = b'data: %b[],"usage":%b}\n\n' % (self._before, _json.encode(usage_object(terminal.usage)))
+        return usage + DONE
+
+    def error(self, error: ErrorInfo) -> bytes:
+        """An error in the middle of a stream; OpenAI's clients raise it."""
+        return b"data: %b\n\n" % _json.encode(error_object(error))

@@ -1,0 +1,48 @@
+"""`GET /v1/chat/completions/{id}/stream`: the rest of a stream, from any ingress, as long as the topic holds it."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from headrace.errors import InvalidRequest, NotFound
+from ingress.auth import caller
+from ingress.openai.answer import ChatAnswer, Ticket
+from ingress.openai.body import parse
+from ingress.services import Services
+from schemas.ids import PublicId
+from topics.catalogue import REPLIES
+
+router = APIRouter()
+
+_EVENT_ID = re.compile(r"^(\d{1,9}):(\d{1,12})$")
+
+
+@router.get("/v1/chat/completions/{completion_id}/stream")
+async def resume(request: Request, completion_id: str, starting_after: str | None = None) -> Response:
+    """Continue a stream after the event named by Last-Event-ID (or `starting_after`); from its beginning without."""
+    services: Services = request.app.state.services
+    key = await caller(request, services.registry)
+    public = PublicId.parse(completion_id)
+    if public is None or public.reply_partition >= REPLIES.partitions:
+        raise NotFound(f"{completion_id!r} is not the id of a completion (chatcmpl-…).")
+    after = _position(request.headers.get("last-event-id") or starting_after)
+    asked = await services.lookup.request(public.request_id, public.created_ms)
+    if asked is None or (asked.envelope.tenant != key.app and key.role != "admin"):
+        raise NotFound(f"The completion {completion_id!r} is not known, or is older than can be resumed.")
+    body = parse(asked.body)
+    if not body.stream:
+        raise InvalidRequest("This completion was not streamed; send its Idempotency-Key again to get its answer.")
+    ticket = Ticket(public, asked.envelope.digest, asked.envelope.resume_s, first=False)
+    return ChatAnswer(services, key, ticket, body, after=after)
+
+
+def _position(text: str | None) -> tuple[int, int]:
+    if not text:
+        return 1, 0
+    match = _EVENT_ID.match(text)
+    if match is None:
+        raise InvalidRequest("Last-Event-ID must be 'attempt:seq', as the stream's events have it.")
+    return int(match[1]), int(match[2])

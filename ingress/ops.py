@@ -1,0 +1,76 @@
+"""Health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from redis.exceptions import RedisError
+from starlette.responses import JSONResponse, Response
+
+from headrace.errors import Unavailable
+from headrace.telemetry import gather
+from ingress.services import Services
+
+router = APIRouter()
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """Whether this process answers at all."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> JSONResponse:
+    """Whether a chat request would be answered; names each part that is not ready, and why."""
+    services: Services = request.app.state.services
+    waiting = await not_ready(services)
+    content = {"status": "not ready" if waiting else "ready", "waiting_for": waiting}
+    return JSONResponse(content, status_code=503 if waiting else 200)
+
+
+async def not_ready(services: Services) -> dict[str, str]:
+    """Part -> why it is not ready."""
+    waiting: dict[str, str] = {}
+    if services.draining.is_set():
+        waiting["ingress"] = "stopping"
+    if not services.replies.ready:
+        waiting["kafka"] = "the end of the reply partition is not known yet"
+    try:
+        async with asyncio.timeout(2):
+            await services.redis.ping()
+    except (RedisError, OSError, TimeoutError) as error:
+        waiting["redis"] = f"no answer: {error!r}"
+    try:
+        models = [model for model in services.registry.snapshot.models.values() if model.enabled]
+    except Unavailable as error:
+        waiting["registry"] = error.message
+        return waiting
+    if not models:
+        waiting["models"] = "none is configured"
+    for pool in sorted({model.pool for model in models}):
+        status = services.pools.status(pool)
+        if status is None:
+            waiting[f"scheduler of pool {pool}"] = "no status within 5 s"
+            continue
+        for model in models:
+            if model.pool != pool:
+                continue
+            if model.id not in status.servable_models:
+                waiting[f"model {model.id}"] = "no worker serves its provider"
+            elif model.preload and model.id not in status.ready_models:
+                waiting[f"model {model.id}"] = "loading"
+    return waiting
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics of every role that is reachable, labelled by role and instance."""
+    services: Services = request.app.state.services
+    try:
+        text = await gather(services.redis, ("ingress", services.settings.instance))
+    except (RedisError, OSError) as error:
+        raise Unavailable("The metrics of the other roles cannot be read (Redis does not answer).") from error
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,108 @@
+"""The reply reader: one partition of `inference.replies`, whose deltas go to the streams of this ingress's callers."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator
+
+import msgspec
+import structlog
+from aiokafka import TopicPartition
+
+from headrace import metrics
+from ingress.streams import Stream
+from topics import frames
+from topics.catalogue import REPLIES
+from topics.clients import LogReader, make_consumer
+
+log = structlog.get_logger(__name__)
+
+
+def own_partition(instance: str) -> int:
+    """The reply partition that an instance reads. Instances may share one: each ignores what is not its own."""
+    return zlib.crc32(instance.encode()) % REPLIES.partitions
+
+
+class ReplyReader:
+    """Reads this instance's partition from its end on, and hands each delta to the streams that wait for it."""
+
+    def __init__(self, bootstrap: str, instance: str) -> None:
+        self.partition = own_partition(instance)
+        self.ready = False
+        """Whether the end of the partition is known: answers to requests published from now on will be seen."""
+        self._consumer = make_consumer(bootstrap, f"{instance}-replies")
+        self._streams: dict[bytes, list[Stream]] = {}
+
+    def attach(self, stream: Stream) -> None:
+        """Give a stream its deltas from now on."""
+        self._streams.setdefault(stream.rid, []).append(stream)
+        metrics.OPEN_STREAMS.inc()
+
+    def detach(self, stream: Stream) -> None:
+        """Stop giving."""
+        streams = self._streams.get(stream.rid, [])
+        if stream in streams:
+            streams.remove(stream)
+            metrics.OPEN_STREAMS.dec()
+        if not streams:
+            self._streams.pop(stream.rid, None)
+
+    def wake_all(self) -> None:
+        """Let every stream look at the state of the process."""
+        for streams in self._streams.values():
+            for stream in streams:
+                stream.wake()
+
+    async def run(self) -> None:
+        """Read for ever. Raises `KafkaError` where the client gives up."""
+        await self._consumer.start()
+        try:
+            tp = TopicPartition(REPLIES.name, self.partition)
+            self._consumer.assign([tp])
+            self._consumer.seek(tp, (await self._consumer.end_offsets([tp]))[tp])
+            self.ready = True
+            while True:
+                batches = await self._consumer.getmany(timeout_ms=5000)
+                for records in batches.values():
+                    for record in records:
+                        self._dispatch(record.value or b"", record.offset)
+                if batches:
+                    metrics.REPLY_LAG.set(max(0, (self._consumer.highwater(tp) or 0) - records[-1].offset - 1))
+                    # Callers write between two batches, so that a full broker buffer cannot starve them.
+                    await asyncio.sleep(0)
+        finally:
+            self.ready = False
+            await self._consumer.stop()
+
+    def _dispatch(self, value: bytes, offset: int) -> None:
+        try:
+            deltas = frames.decode(value)
+        except msgspec.MsgspecError as error:
+            log.error("unreadable", topic=REPLIES.name, partition=self.partition, offset=offset, error=str(error))
+            return
+        streams = self._streams
+        for delta in deltas:
+            waiting = streams.get(delta.rid)
+            if waiting is not None:
+                for stream in waiting:
+                    stream.push(delta)
+
+
+async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncIterator[list[frames.Delta]]:
+    """A request's deltas from a partition's past, then from its present, for ever; in batches, fences included.
+
+    `since_ms` is Unix ms at or before the first of them. Deltas come as they are written, unjudged.
+    """
+    tp = TopicPartition(REPLIES.name, partition)
+    async with LogReader(bootstrap, "ingress-resume") as reader:
+        reader.assign([REPLIES], [partition])
+        await reader.seek_to_time([tp], since_ms)
+        while True:
+            batches = await reader.consumer.getmany(timeout_ms=1000)
+            found: list[frames.Delta] = []
+            for records in batches.values():
+                for record in records:
+                    if rid in (record.value or b""):
+                        found += [delta for delta in frames.decode(record.value) if delta.rid == rid]
+            yield found

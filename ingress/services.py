@@ -1,0 +1,73 @@
+"""What the endpoints share: one object, made at start and closed at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import structlog
+from redis import asyncio as redis
+
+from headrace.registry import Registry
+from headrace.settings import Settings
+from ingress.attachments import Attachments
+from ingress.idempotency import Reservations
+from ingress.lookup import Lookup
+from ingress.pools import Pools
+from ingress.replies import ReplyReader
+from topics.clients import Producer
+from topics.outcomes import Outcomes
+
+log = structlog.get_logger(__name__)
+
+
+class Services:
+    """Clients and background readers of one ingress process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.redis: redis.Redis = redis.from_url(settings.redis_url, socket_timeout=5, socket_connect_timeout=2)
+        self.registry = Registry(self.redis)
+        self.producer = Producer(settings.kafka_bootstrap, settings.instance)
+        self.outcomes = Outcomes(self.producer, "ingress", settings.instance)
+        self.replies = ReplyReader(settings.kafka_bootstrap, settings.instance)
+        self.pools = Pools(settings.kafka_bootstrap, settings.instance)
+        self.lookup = Lookup(settings)
+        self.reservations = Reservations(self.redis)
+        self.attachments = Attachments(self.redis, self.producer, settings.instance)
+        self.draining = asyncio.Event()
+        """Set when the process stops: open streams end with an error that says how to resume."""
+        self._tasks: list[asyncio.Task[None]] = []
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> None:
+        """Connect; waits for the brokers, not for Redis (its absence is answered with 503)."""
+        await self.producer.start()
+        await self.registry.start()
+        for work in (self.replies.run(), self.pools.run()):
+            self._watch(work)
+
+    def _watch(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(self._ended)
+        self._tasks.append(task)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not self.failed.done():
+            self.failed.set_exception(task.exception() or RuntimeError("a reader ended"))
+
+    def drain(self) -> None:
+        """End the open streams with an error that says how to resume them."""
+        self.draining.set()
+        self.replies.wake_all()
+
+    async def stop(self) -> None:
+        """Close everything."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.attachments.stop()
+        await self.lookup.stop()
+        await self.registry.stop()
+        await self.producer.stop()
+        await self.redis.aclose()

@@ -1,0 +1,93 @@
+"""One caller's stream inside the ingress: a bounded buffer between the reply reader and the caller's connection."""
+
+from __future__ import annotations
+
+import asyncio
+
+from topics.frames import Delta, Kind, StreamView
+
+MERGE_BYTES = 64 * 1024
+"""With more than this waiting, neighbouring text deltas are joined."""
+DROP_BYTES = 1024 * 1024
+"""With more than this waiting after joining, the caller is dropped; it may resume."""
+
+
+class Stream:
+    """Deltas of one request on their way to one caller. Not thread-safe; all on one loop."""
+
+    __slots__ = ("_loop", "_size", "_waiter", "dropped", "moved", "pending", "rid", "view")
+
+    def __init__(self, rid: bytes, view: StreamView | None = None) -> None:
+        self.rid = rid
+        self.view = view if view is not None else StreamView()
+        self.pending: list[Delta] = []
+        self.dropped = False
+        """Whether the caller read too slowly; nothing more is buffered."""
+        self.moved: str | None = None
+        """JSON of `frames.Moved`, when this request's frames are on another partition."""
+        self._size = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def push(self, delta: Delta) -> None:
+        """Take a delta from the reply reader. Never blocks: a slow caller delays nobody else."""
+        if delta.kind == Kind.MOVED:
+            self.moved = delta.data
+            self.wake()
+            return
+        if self.dropped or not self.view.accept(delta):
+            return
+        self.pending.append(delta)
+        self._size += len(delta.data)
+        if self._size > MERGE_BYTES and delta.kind != Kind.TERMINAL:
+            self.pending = merged(self.pending)
+            self._size = sum(len(kept.data) + 64 for kept in self.pending)
+            if self._size > DROP_BYTES:
+                self.dropped = True
+                self.pending = []
+        self.wake()
+
+    def wake(self) -> None:
+        """Let `take` return."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self, timeout_s: float | None = None) -> list[Delta]:
+        """All deltas that wait, as soon as there are any; an empty list after `timeout_s`, a wake or a drop."""
+        if not self.pending and not self.dropped and self.moved is None:
+            self._waiter = self._loop.create_future()
+            timer = self._loop.call_later(timeout_s, self.wake) if timeout_s is not None else None
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        taken, self.pending = self.pending, []
+        self._size = 0
+        return taken
+
+
+def merged(deltas: list[Delta]) -> list[Delta]:
+    """Neighbouring text deltas of one attempt and choice joined into one, which has the last one's `seq`."""
+    joined: list[Delta] = []
+    parts: list[str] = []
+    for delta in deltas:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and last.kind == delta.kind == Kind.TEXT
+            and (last.attempt, last.index) == (delta.attempt, delta.index)
+        ):
+            parts.append(delta.data)
+            joined[-1] = Delta(
+                delta.rid, delta.attempt, delta.seq, Kind.TEXT, delta.index, "", last.tokens + delta.tokens
+            )
+            continue
+        if parts:
+            joined[-1].data = "".join(parts)
+        parts = [delta.data] if delta.kind == Kind.TEXT else []
+        joined.append(delta)
+    if parts:
+        joined[-1].data = "".join(parts)
+    return joined
