@@ -1,0 +1,152 @@
+"""OpenAI's chat bodies as bytes: what the mock upstream reads and writes.
+
+Everything that is the same for all tokens of a stream is rendered once a request; a token then costs one `%`.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from bench.gateway.spec import MARK, Spec, parse
+
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+    b"transfer-encoding: chunked\r\n\r\n"
+)
+DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+GARBAGE = b'data: {"choices":[{"delta":{"content":"\xff\xfe\n\n'
+REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
+
+
+class Part(msgspec.Struct):
+    """One part of a message's content."""
+
+    type: str = "text"
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    """A chat message, as far as the upstream reads it."""
+
+    content: str | list[Part] | None = None
+
+    def text(self) -> str:
+        """Its text, parts joined."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content if part.text)
+        return self.content or ""
+
+
+class StreamOptions(msgspec.Struct):
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool = False
+
+
+class Chat(msgspec.Struct):
+    """A chat completion request, as far as the upstream reads it."""
+
+    messages: list[Message]
+    model: str = "bench"
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    n: int | None = 1
+
+    def spec(self, default: Spec) -> Spec:
+        """The spec of the last message, else of `metadata.bench`, else of `user`. Raises SpecError."""
+        text = self.messages[-1].text() if self.messages else ""
+        if MARK not in text and self.metadata and "bench" in self.metadata:
+            text = f"{MARK} {self.metadata['bench']}"
+        if MARK not in text and self.user:
+            text = self.user
+        return parse(text, default)
+
+    def limit(self) -> int | None:
+        """The most tokens that the caller allows, None if it does not say."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def words(self) -> int:
+        """Words in all messages: the prompt size that is reported when the spec gives none."""
+        return sum(len(message.text().split()) for message in self.messages)
+
+
+chat_decoder = msgspec.json.Decoder(Chat)
+
+
+class Rendering:
+    """The bytes of one answer: role chunk, tokens, finish, usage, or the whole body when not streamed."""
+
+    __slots__ = ("_fixed", "_id", "_model", "_prefix", "_suffix", "created")
+
+    def __init__(self, number: int, model: str) -> None:
+        self.created = int(time.time())
+        self._id = f"chatcmpl-bench{number}"
+        self._model = msgspec.json.encode(model).decode()
+        self._prefix = self._event('{"content":" t').encode()
+        self._suffix = b'"},"logprobs":null,"finish_reason":null}]}\n\n'
+        self._fixed = len(self._prefix) + len(self._suffix)
+
+    def _event(self, delta: str) -> str:
+        return (
+            f'data: {{"id":"{self._id}","object":"chat.completion.chunk","created":{self.created},'
+            f'"model":{self._model},"choices":[{{"index":0,"delta":{delta}'
+        )
+
+    def role(self) -> bytes:
+        """The first chunk, which names the role."""
+        return chunked(
+            self._event('{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n').encode()
+        )
+
+    def token(self, number: int, now: int) -> bytes:
+        """Token `number`, sent at `now` (CLOCK_MONOTONIC, nanoseconds), as one HTTP chunk."""
+        text = b"%d@%d" % (number, now)
+        return b"%x\r\n%b%b%b\r\n" % (self._fixed + len(text), self._prefix, text, self._suffix)
+
+    def finish(self, reason: str) -> bytes:
+        """The last choice chunk, which says why generation ended."""
+        return chunked(self._event(f'{{}},"logprobs":null,"finish_reason":"{reason}"}}]}}\n\n').encode())
+
+    def usage(self, prompt: int, completion: int) -> bytes:
+        """The chunk that `stream_options.include_usage` asks for."""
+        return chunked(
+            f'data: {{"id":"{self._id}","object":"chat.completion.chunk","created":{self.created},'
+            f'"model":{self._model},"choices":[],"usage":{_usage(prompt, completion)}}}\n\n'.encode()
+        )
+
+    def whole(self, text: str, reason: str, prompt: int, completion: int) -> bytes:
+        """The body of an answer that is not streamed."""
+        return (
+            f'{{"id":"{self._id}","object":"chat.completion","created":{self.created},"model":{self._model},'
+            f'"choices":[{{"index":0,"message":{{"role":"assistant","content":"{text}","refusal":null}},'
+            f'"logprobs":null,"finish_reason":"{reason}"}}],"usage":{_usage(prompt, completion)}}}'
+        ).encode()
+
+
+def _usage(prompt: int, completion: int) -> str:
+    return f'{{"prompt_tokens":{prompt},"completion_tokens":{completion},"total_tokens":{prompt + completion}}}'
+
+
+def chunked(body: bytes) -> bytes:
+    """`body` as one chunk of a chunked HTTP body."""
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+def response(status: int, body: bytes) -> bytes:
+    """A whole HTTP response with a JSON body."""
+    reason = REASONS.get(status, "Error")
+    head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+def error(status: int, message: str) -> bytes:
+    """A whole HTTP response with an error in OpenAI's shape."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    body = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return response(status, msgspec.json.encode(body))
