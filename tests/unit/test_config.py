@@ -1,0 +1,161 @@
+"""`headrace.toml`: what it accepts, and that its errors name file, line and field."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from headrace.config import Config, ConfigError, default_config, load_config, parse_config
+from headrace.toml_lines import line_of, locate
+from schemas.control import Price
+
+GOOD = """\
+# A whole configuration.
+[[providers]]
+name = "local"
+kind = "llama_cpp"
+
+[[providers]]
+name = "gpu-box"
+kind = "openai"
+base_url = "http://127.0.0.1:9000/v1/"
+api_key_env = "GPU_BOX_KEY"
+[providers.options]
+timeout = 30
+
+[[models]]
+id = "smollm2"
+provider = "local"
+backend_tag = "SmolLM2-135M-Instruct"
+aliases = [
+  "gpt-4o-mini",
+]
+context_length = 2048
+price = { input = "0.10", output = "0.40" }
+
+[[models]]
+id = "big"
+provider = "gpu-box"
+backend_tag = "meta/big"
+pool = "gpu"
+preload = false
+default_max_tokens = 512
+[models.price]
+input = "1"
+output = "2"
+cached = "0.5"
+currency = "EUR"
+"""
+
+
+def faults(source: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(source)
+    return str(caught.value).splitlines()
+
+
+def test_a_whole_file_gives_the_records_that_it_says() -> None:
+    config = parse_config(GOOD)
+    local, gpu = (provider.record() for provider in config.providers)
+    small, big = (model.record() for model in config.models)
+    assert (local.name, local.kind, local.base_url) == ("local", "llama_cpp", None)
+    assert gpu.base_url == "http://127.0.0.1:9000/v1"
+    assert (gpu.api_key_env, gpu.options) == ("GPU_BOX_KEY", {"timeout": 30})
+    assert small.aliases == ("gpt-4o-mini",)
+    assert small.price == Price(0, input=Decimal("0.10"), output=Decimal("0.40"), cached=Decimal("0.10"))
+    assert (big.pool, big.preload, big.default_max_tokens) == ("gpu", False, 512)
+    assert big.price == Price(0, input=Decimal(1), output=Decimal(2), cached=Decimal("0.5"), currency="EUR")
+
+
+def test_without_a_file_the_packaged_model_is_served() -> None:
+    assert load_config(None) == default_config()
+    model = default_config().models[0].record()
+    assert (model.id, model.aliases, model.backend_tag) == ("smollm2", ("gpt-4o-mini",), "SmolLM2-135M-Instruct")
+    assert (model.context_length, model.max_concurrency) == (2048, 4)
+    assert (model.price.input, model.price.output) == (Decimal("0.10"), Decimal("0.40"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ('kind = "llama_cpp"', 'kind = "llamacpp"', 4, "providers[0].kind: input should be 'llama_cpp', 'ollama'"),
+        (
+            'input = "0.10"',
+            "input = 0.10",
+            22,
+            'models[0].price.input: write money as a string, so that it stays exact: "0.1"',
+        ),
+        ('input = "0.10"', 'input = "-1"', 22, "models[0].price.input: input should be greater than or equal to 0"),
+        ('output = "2"', 'output = "two"', 33, "models[1].price.output: input should be a valid decimal"),
+        ("context_length", "contxt_length", 21, "models[0].contxt_length: unknown field; did you mean context_length?"),
+        ("cached =", "cache =", 34, "models[1].price.cache: unknown field; did you mean cached?"),
+        (
+            'provider = "local"',
+            'provider = "locl"',
+            16,
+            "models[0].provider: no provider named 'locl'; did you mean local?",
+        ),
+        ('  "gpt-4o-mini",', '  "big",', 18, "models[0].aliases[0]: 'big' is the id of models[1] already"),
+        ('id = "big"', 'id = "smollm2"', 25, "models[1].id: 'smollm2' is the id of models[0] already"),
+        ('name = "gpu-box"', 'name = "local"', 7, "providers[1].name: 'local' is providers[0] already"),
+        (
+            'base_url = "http://127.0.0.1:9000/v1/"',
+            "",
+            6,
+            'providers[1].base_url: a provider of kind "openai" needs one',
+        ),
+        ("timeout = 30", "timeout = [1]", 12, "providers[1].options.timeout: must be a text, a number or a boolean"),
+        ("timeout = 30", 'api_key = "x"', 12, "providers[1].options.api_key: no secrets in here"),
+        ("default_max_tokens = 512", "default_max_tokens = 9999", 30, "models[1].default_max_tokens: must be below"),
+        ("preload = false", "preload = 7", 29, "models[1].preload: input should be a valid boolean"),
+        ('backend_tag = "meta/big"\n', "", 24, "models[1].backend_tag: is missing"),
+        ('id = "big"', 'id = "b g"', 25, "models[1].id: 'b g' does not match"),
+    ],
+)
+def test_an_error_names_file_line_and_field(old: str, new: str, line: int, message: str) -> None:
+    assert old in GOOD
+    found = faults(GOOD.replace(old, new, 1))
+    assert any(fault.startswith(f"headrace.toml:{line}: {message}") for fault in found), found
+
+
+def test_all_faults_are_told_at_once_in_the_order_of_the_file() -> None:
+    found = faults(GOOD.replace("llama_cpp", "x").replace("preload = false", "prelod = false"))
+    assert [fault.split(":")[1] for fault in found] == ["4", "29"]
+
+
+def test_a_file_that_is_no_toml_names_the_line() -> None:
+    assert faults("[[providers]]\nname = local\n") == ["headrace.toml:2: not valid TOML: Invalid value"]
+
+
+def test_an_empty_file_says_what_is_needed() -> None:
+    assert faults("") == [
+        "headrace.toml:1: models: at least one [[models]] is needed",
+        "headrace.toml:1: providers: at least one [[providers]] is needed",
+    ]
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read"):
+        load_config(tmp_path / "nowhere.toml")
+
+
+def test_a_file_is_read_and_named_in_its_errors(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(GOOD)
+    assert isinstance(load_config(path), Config)
+    path.write_text(GOOD.replace("smollm2", "", 1))
+    with pytest.raises(ConfigError, match=r"mine\.toml:15: models\[0\]\.id"):
+        load_config(path)
+
+
+def test_lines_are_found_behind_values_of_many_lines_and_in_dotted_keys() -> None:
+    source = 'a = """\nb = 1\n"""\n[x]\ny.z = 2\n[[t]]\n[[t.u]]\nk = 1\n[[t.u]]\n"q r" = 1\n'
+    lines = locate(source)
+    assert ("b",) not in lines
+    assert lines[("x", "y", "z")] == 5
+    assert lines[("t", 0, "u", 0, "k")] == 8
+    assert lines[("t", 0, "u", 1, "q r")] == 10
+    assert line_of(lines, ("t", 0, "u", 1, "q r", "deep")) == 10
+    assert line_of(lines, ("nowhere",)) == 1
