@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import os
 import signal
@@ -16,6 +17,8 @@ from headrace import logs
 from headrace.parent import watch_parent
 from headrace.settings import Settings, settings
 from headrace.telemetry import serve_metrics
+from topics.catalogue import CATALOGUE, worker_commands
+from topics.ready import wait_for_topics
 
 log = structlog.get_logger(__name__)
 
@@ -41,9 +44,25 @@ def run_role(role: str) -> int:
             print(f"{name}: {problem['msg']} (got {problem['input']!r})", flush=True)
         return 2
     logs.configure(conf, role)
+    # Faust's consumer runs a loop in a thread of its own, which follows the policy.
+    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     with contextlib.suppress(KeyboardInterrupt):
         return uvloop.run(_run(role, conf))
     return 130
+
+
+async def _topics_are_there(role: str, conf: Settings, stop: asyncio.Event) -> bool:
+    """Wait for the brokers and the catalogue's topics; False when the wish to stop came first."""
+    topics = [*CATALOGUE, *([worker_commands(conf.worker_id)] if role == "worker" else [])]
+    waiting = asyncio.create_task(wait_for_topics(conf.kafka_bootstrap, topics))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not waiting.done():
+        waiting.cancel()
+        return False
+    waiting.result()
+    return True
 
 
 async def _run(role: str, conf: Settings) -> int:
@@ -54,9 +73,13 @@ async def _run(role: str, conf: Settings) -> int:
     watch_parent()
     module = importlib.import_module(ROLES[role])
     metrics = asyncio.create_task(serve_metrics(conf, role))
+    # Modules live for ever, and requests leave few cycles: full collections would only add pauses to streams.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     log.info("role_started", pid=os.getpid())
     try:
-        await module.run(conf, stop)
+        if await _topics_are_there(role, conf, stop):
+            await module.run(conf, stop)
     except Exception as error:
         log.error("role_failed", error=repr(error), exc_info=error)
         return 1

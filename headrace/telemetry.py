@@ -66,7 +66,7 @@ async def gather(client: redis.Redis, own: tuple[str, str]) -> bytes:
     texts = {own: generate_latest(REGISTRY).decode()}
     keys = [key async for key in client.scan_iter(match=PREFIX + "*", count=500)]
     for key, value in zip(keys, await client.mget(keys) if keys else [], strict=True):
-        role, _, instance = key.decode().removeprefix(PREFIX).partition(":")
+        role, _, instance = str(key, "utf-8").removeprefix(PREFIX).partition(":")
         if value is not None and (role, instance) != own:
             texts[role, instance] = value.decode()
     merged = CollectorRegistry()

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace import __version__
 from ingress import http_errors, ops, requests
 from ingress.openai import chat, models, resume
+from ingress.openai.answer import DIRECT_SEND
 from ingress.services import Services
+
+
+class DirectSend:
+    """Puts the server's `send` into the scope, for answers that write often."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on."""
+        scope[DIRECT_SEND] = send
+        await self._app(scope, receive, send)
 
 
 def make_app(services: Services) -> FastAPI:

@@ -38,7 +38,7 @@ def may_use(key: Key, model: Model) -> bool:
 
 
 def allowed_model(key: Key, registry: Registry, name: str) -> Model:
-    """The model with this id or alias, if this key may use it. Raises `ModelNotFound`: others' models are not told of."""
+    """The model with this id or alias, if this key may use it. Raises `ModelNotFound`, also for others' models."""
     model = registry.snapshot.resolve(name)
     if model is None or not may_use(key, model):
         raise ModelNotFound(f"The model {name!r} does not exist; GET /v1/models lists those that do.", param="model")

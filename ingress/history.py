@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import msgspec
-
 from clickhouse.client import connect, database_name
 from headrace.settings import Settings
 from schemas.events import LifecycleEvent, Stage
@@ -14,9 +12,9 @@ async def events(settings: Settings, request_id: str) -> list[LifecycleEvent]:
     client = await connect(settings, timeout_s=10)
     try:
         result = await client.query(
-            f"SELECT request_id, tenant, stage, toUnixTimestamp64Milli(at) AS at_ms, role, instance, attempt, epoch, detail "  # noqa: S608
-            f"FROM {database_name(settings)}.request_events WHERE request_id = {{id:String}} LIMIT 1000",
-            parameters={"id": request_id},
+            "SELECT * REPLACE(toUnixTimestamp64Milli(at) AS at) FROM {db:Identifier}.request_events "
+            "WHERE request_id = {id:String} LIMIT 1000",
+            parameters={"db": database_name(settings), "id": request_id},
         )
     finally:
         await client.close()
@@ -25,12 +23,12 @@ async def events(settings: Settings, request_id: str) -> list[LifecycleEvent]:
             request_id=row["request_id"],
             tenant=row["tenant"],
             stage=Stage(row["stage"]),
-            at_ms=row["at_ms"],
+            at_ms=row["at"],
             role=row["role"],
             instance=row["instance"],
             attempt=row["attempt"],
             epoch=row["epoch"],
-            detail=msgspec.json.decode(row["detail"]) if isinstance(row["detail"], str) else dict(row["detail"]),
+            detail=dict(row["detail"]),
         )
         for row in result.named_results()
     ]

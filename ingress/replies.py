@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 import msgspec
 import structlog
@@ -17,6 +17,10 @@ from topics.catalogue import REPLIES
 from topics.clients import LogReader, make_consumer
 
 log = structlog.get_logger(__name__)
+
+SILENCE_S = 5.0
+"""After so much silence a stream is woken, so that it can look for its result elsewhere, or say that it waits."""
+SWEEP_S = 0.5
 
 
 def own_partition(instance: str) -> int:
@@ -33,26 +37,43 @@ class ReplyReader:
         """Whether the end of the partition is known: answers to requests published from now on will be seen."""
         self._consumer = make_consumer(bootstrap, f"{instance}-replies")
         self._streams: dict[bytes, list[Stream]] = {}
+        self._open: set[Stream] = set()
+
+    def opened(self, stream: Stream) -> None:
+        """A caller waits on this stream, wherever its deltas come from."""
+        self._open.add(stream)
+        metrics.OPEN_STREAMS.set(len(self._open))
+
+    def closed(self, stream: Stream) -> None:
+        """The caller is gone, or has its answer."""
+        self._open.discard(stream)
+        metrics.OPEN_STREAMS.set(len(self._open))
 
     def attach(self, stream: Stream) -> None:
         """Give a stream its deltas from now on."""
         self._streams.setdefault(stream.rid, []).append(stream)
-        metrics.OPEN_STREAMS.inc()
 
     def detach(self, stream: Stream) -> None:
         """Stop giving."""
         streams = self._streams.get(stream.rid, [])
         if stream in streams:
             streams.remove(stream)
-            metrics.OPEN_STREAMS.dec()
         if not streams:
             self._streams.pop(stream.rid, None)
 
+    async def sweep(self) -> None:
+        """Wake the streams that nothing came for, for ever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = loop.time()
+            for stream in self._open:
+                stream.wake_if_silent(now, SILENCE_S)
+
     def wake_all(self) -> None:
         """Let every stream look at the state of the process."""
-        for streams in self._streams.values():
-            for stream in streams:
-                stream.wake()
+        for stream in self._open:
+            stream.wake()
 
     async def run(self) -> None:
         """Read for ever. Raises `KafkaError` where the client gives up."""
@@ -89,7 +110,7 @@ class ReplyReader:
                     stream.push(delta)
 
 
-async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncIterator[list[frames.Delta]]:
+async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[list[frames.Delta], None]:
     """A request's deltas from a partition's past, then from its present, for ever; in batches, fences included.
 
     `since_ms` is Unix ms at or before the first of them. Deltas come as they are written, unjudged.

@@ -1,15 +1,16 @@
-"""The ingress's process: uvicorn around the application, with a drain that lets open streams end or say how to go on."""
+"""The ingress's process: uvicorn around the application, and a drain that lets open streams end."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from typing import Any
 
 import structlog
 import uvicorn
 
 from headrace.settings import Settings
-from ingress.app import make_app
+from ingress.app import DirectSend, make_app
 from ingress.services import Services
 
 log = structlog.get_logger(__name__)
@@ -33,7 +34,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     await services.start()
     proxies = settings.trusted_proxies
     config = uvicorn.Config(
-        make_app(services),
+        DirectSend(make_app(services)),
         host=settings.host,
         port=settings.port,
         loop="none",
@@ -52,8 +53,9 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     server = _Server(config)
     serving = asyncio.create_task(server.serve())
     stopping = asyncio.create_task(stop.wait())
+    ends: set[asyncio.Future[Any]] = {serving, stopping, services.failed}
     try:
-        await asyncio.wait({serving, stopping, services.failed}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if services.failed.done():
             services.failed.result()
         if not stop.is_set():
@@ -68,12 +70,14 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
 
 
 async def _drain(services: Services, server: uvicorn.Server, timeout_s: float) -> None:
-    """Take no new connections, let answers end for `timeout_s`, then end the rest with an error that says how to resume."""
+    """Take no new connections, let answers end for `timeout_s`, then end the rest and say how to resume them."""
     server.should_exit = True
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while server.server_state.tasks and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.05)
+    await _answered(server, timeout_s)
     services.drain()
-    deadline += BREAK_OFF_S
-    while server.server_state.tasks and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.05)
+    await _answered(server, BREAK_OFF_S)
+
+
+async def _answered(server: uvicorn.Server, timeout_s: float) -> None:
+    tasks = set(server.server_state.tasks)
+    if tasks:
+        await asyncio.wait(tasks, timeout=timeout_s)

@@ -44,7 +44,7 @@ class Services:
         """Connect; waits for the brokers, not for Redis (its absence is answered with 503)."""
         await self.producer.start()
         await self.registry.start()
-        for work in (self.replies.run(), self.pools.run()):
+        for work in (self.replies.run(), self.replies.sweep(), self.pools.run()):
             self._watch(work)
 
     def _watch(self, work: Awaitable[None]) -> None:

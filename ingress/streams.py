@@ -15,7 +15,7 @@ DROP_BYTES = 1024 * 1024
 class Stream:
     """Deltas of one request on their way to one caller. Not thread-safe; all on one loop."""
 
-    __slots__ = ("_loop", "_size", "_waiter", "dropped", "moved", "pending", "rid", "view")
+    __slots__ = ("_loop", "_size", "_waiter", "_waiting_since", "dropped", "moved", "pending", "rid", "view")
 
     def __init__(self, rid: bytes, view: StreamView | None = None) -> None:
         self.rid = rid
@@ -27,6 +27,7 @@ class Stream:
         """JSON of `frames.Moved`, when this request's frames are on another partition."""
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
+        self._waiting_since = 0.0
         self._loop = asyncio.get_running_loop()
 
     def push(self, delta: Delta) -> None:
@@ -52,17 +53,20 @@ class Stream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    async def take(self, timeout_s: float | None = None) -> list[Delta]:
-        """All deltas that wait, as soon as there are any; an empty list after `timeout_s`, a wake or a drop."""
+    def wake_if_silent(self, now: float, silence_s: float) -> None:
+        """Let `take` return when it has waited for `silence_s`; a sweep costs less than a timer for each token."""
+        if self._waiter is not None and now - self._waiting_since >= silence_s:
+            self.wake()
+
+    async def take(self) -> list[Delta]:
+        """All deltas that wait, as soon as there are any; an empty list after a wake or a drop."""
         if not self.pending and not self.dropped and self.moved is None:
             self._waiter = self._loop.create_future()
-            timer = self._loop.call_later(timeout_s, self.wake) if timeout_s is not None else None
+            self._waiting_since = self._loop.time()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-                if timer is not None:
-                    timer.cancel()
         taken, self.pending = self.pending, []
         self._size = 0
         return taken

@@ -13,7 +13,6 @@ import msgspec
 
 from schemas.control import Model, Price, Provider
 
-
 NOTHING = msgspec.Raw()
 """An absent JSON value. (`Raw | None` decodes as null only, so absence is the empty `Raw`, which is falsy.)"""
 
@@ -203,7 +202,7 @@ class Stage(StrEnum):
     QUEUED = "queued"
     ASSIGNED = "assigned"
     STARTED = "started"
-    FIRST_TOKEN = "first_token"
+    FIRST_TOKEN = "first_token"  # noqa: S105 - no password
     CANCEL_ASKED = "cancel_asked"
     ATTEMPT_LOST = "attempt_lost"
     DUPLICATE = "duplicate"

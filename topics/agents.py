@@ -36,7 +36,7 @@ class Message:
 
     __slots__ = ("headers", "key", "offset", "partition", "timestamp_ms", "topic", "value")
 
-    def __init__(self, event: EventT) -> None:
+    def __init__(self, event: EventT[Any]) -> None:
         raw = event.message
         self.topic: str = raw.topic
         self.partition: int = raw.partition
@@ -60,9 +60,18 @@ class AgentRole:
     """One Faust App with one agent on one topic, run until told to stop or until it fails."""
 
     def __init__(
-        self, settings: Settings, role: str, topic: Topic, handler: Handler, *, group: str | None = None
+        self,
+        settings: Settings,
+        role: str,
+        topic: Topic,
+        handler: Handler,
+        *,
+        group: str | None = None,
+        gather_s: float = 0,
     ) -> None:
+        """`gather_s` lets more records arrive before a batch is handled, where nobody waits for it."""
         self.settings = settings
+        self._gather_s = gather_s
         self.role = role
         self.topic = topic
         self.handler = handler
@@ -109,8 +118,8 @@ class AgentRole:
             value_serializer="raw",
         )
         app.agent(source, name=f"headrace.{self.role}", concurrency=1)(self._consume)
-        app.on_partitions_assigned.connect(self._assigned)
-        app.on_partitions_revoked.connect(self._revoked)
+        app.on_partitions_assigned.connect(self._assigned)  # type: ignore[arg-type]
+        app.on_partitions_revoked.connect(self._revoked)  # type: ignore[arg-type]
         return app
 
     async def _assigned(self, app: faust.App, partitions: set[Any], **_: object) -> None:
@@ -149,6 +158,8 @@ class AgentRole:
         queue = stream.channel.queue  # type: ignore[attr-defined]
         while True:
             events = [await arrived.__anext__()]
+            if self._gather_s:
+                await asyncio.sleep(self._gather_s)
             while len(events) < MAX_BATCH and not queue.empty():
                 events.append(await arrived.__anext__())
             await self.handler([Message(event) for event in events])
@@ -169,8 +180,9 @@ class AgentRole:
         await self.app.start()
         watch = asyncio.create_task(self._watch())
         stopped = asyncio.create_task(stop.wait())
+        ends: set[asyncio.Future[Any]] = {stopped, self._failed, watch}
         try:
-            await asyncio.wait({stopped, self._failed, watch}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if self._failed.done():
                 self._failed.result()
             if watch.done():

@@ -1,17 +1,48 @@
-"""Kafka clients as every role builds them: an idempotent producer, and consumers without a group that read whole logs."""
+"""Kafka clients as every role builds them: an idempotent producer, and readers of whole logs without a group."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
+from typing import NamedTuple, Protocol
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError
 from aiokafka.structs import RecordMetadata
 
 from topics.catalogue import MAX_MESSAGE_BYTES, Topic
 
-Record = ConsumerRecord[bytes | None, bytes | None]
+log = structlog.get_logger(__name__)
+
+
+class Record(Protocol):
+    """A consumed record, as aiokafka gives it. `timestamp` is Unix ms."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+LATER_S = 0.1
+"""How long a record that nobody waits for may be kept for company."""
+
+
+class _Later(NamedTuple):
+    topic: str
+    value: bytes | None
+    key: str | None
+    partition: int | None
+
+
+def _log_loss(sent: asyncio.Future[RecordMetadata]) -> None:
+    if not sent.cancelled() and (error := sent.exception()) is not None:
+        log.warning("record_lost", error=repr(error))
 
 
 class Producer:
@@ -33,12 +64,18 @@ class Producer:
             request_timeout_ms=int(request_timeout_s * 1000),
         )
 
+        self._later: list[_Later] = []
+        self._flusher: asyncio.TimerHandle | None = None
+
     async def start(self) -> None:
         """Connect. Raises `KafkaConnectionError` when no broker answers."""
         await self._inner.start()
 
     async def stop(self) -> None:
         """Send what is buffered, then close."""
+        if self._flusher is not None:
+            self._flusher.cancel()
+            await self._flush_later()
         await self._inner.stop()
 
     async def partitions(self, topic: str) -> int:
@@ -75,6 +112,27 @@ class Producer:
             headers=list(headers),
         )
         return future
+
+    def post_later(
+        self, topic: str, value: bytes | None, *, key: str | None = None, partition: int | None = None
+    ) -> None:
+        """Write a record within `LATER_S`, beside others, for what nobody waits for and a crash may lose.
+
+        A request to the brokers costs much more than a record in it. A failure is logged.
+        """
+        self._later.append(_Later(topic, value, key, partition))
+        if self._flusher is None:
+            loop = asyncio.get_running_loop()
+            self._flusher = loop.call_later(LATER_S, lambda: loop.create_task(self._flush_later()))
+
+    async def _flush_later(self) -> None:
+        records, self._later, self._flusher = self._later, [], None
+        try:
+            for record in records:
+                sent = await self.post(record.topic, record.value, key=record.key, partition=record.partition)
+                sent.add_done_callback(_log_loss)
+        except KafkaError as error:
+            log.warning("records_lost", count=len(records), error=repr(error))
 
     async def __aenter__(self) -> Producer:
         await self.start()

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
+from msgspec import _json_schema
 
 from schemas import control, events
 from topics.catalogue import Topic
@@ -25,9 +27,15 @@ _MODULES: tuple[ModuleType, ...] = (control, events, sys.modules[Delta.__module_
 def components(topics: Mapping[str, object], ref: Callable[[str], str]) -> tuple[dict[str, Schema], dict[str, Schema]]:
     """Per topic the schema of its value, and all schemas those refer to, by name; `ref` makes a reference of a name."""
     names = list(topics)
-    tops, named = msgspec.json.schema_components([topics[name] for name in names], ref_template=ref("{name}"))
+    with patch.object(_json_schema, "to_builtins", _default):
+        tops, named = msgspec.json.schema_components([topics[name] for name in names], ref_template=ref("{name}"))
     described = {name: _describe(name, schema) for name, schema in sorted(named.items())}
     return dict(zip(names, tops, strict=True)), described
+
+
+def _default(value: object, **options: Any) -> object:
+    """A field's default as JSON. msgspec itself fails on an absent `Raw`, which no reader can tell from null."""
+    return None if isinstance(value, msgspec.Raw) else msgspec.to_builtins(value, **options)
 
 
 def topic_schema(topic: Topic) -> Schema:

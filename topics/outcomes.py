@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import msgspec
-import structlog
-from aiokafka.structs import RecordMetadata
 
 from headrace import metrics
 from schemas.events import NOTHING, LifecycleEvent, Stage, Terminal
 from topics import frames, request_log
 from topics.catalogue import EVENTS, LOG, REPLIES
 from topics.clients import Producer
-
-log = structlog.get_logger(__name__)
 
 
 def now_ms() -> int:
@@ -31,7 +26,7 @@ class Outcomes:
         self._role = role
         self._instance = instance
 
-    async def event(
+    def event(
         self,
         request_id: str,
         tenant: str,
@@ -42,7 +37,7 @@ class Outcomes:
         epoch: int = 0,
         detail: dict[str, str | int | float | bool] | None = None,
     ) -> None:
-        """Put a lifecycle event into the send buffer. It decides nothing, so nobody waits for it."""
+        """Tell of a step. It decides nothing, so nobody waits for it."""
         event = LifecycleEvent(
             request_id=request_id,
             tenant=tenant,
@@ -54,8 +49,7 @@ class Outcomes:
             epoch=epoch,
             detail=detail or {},
         )
-        future = await self._producer.post(EVENTS.name, msgspec.json.encode(event), key=request_id)
-        future.add_done_callback(_log_loss)
+        self._producer.post_later(EVENTS.name, msgspec.json.encode(event), key=request_id)
 
     async def terminal(self, terminal: Terminal) -> int:
         """Write a terminal to the request log, wait until it is durable, and return its offset.
@@ -69,7 +63,7 @@ class Outcomes:
             headers=[(request_log.KIND_HEADER, b"terminal")],
         )
         metrics.TERMINALS.labels(role=self._role, status=terminal.status).inc()
-        await self.event(
+        self.event(
             terminal.request_id,
             terminal.tenant,
             Stage.TERMINAL,
@@ -77,7 +71,7 @@ class Outcomes:
             epoch=terminal.epoch,
             detail={"status": terminal.status.value},
         )
-        return written.offset
+        return int(written.offset)
 
     async def terminal_frame(self, terminal: Terminal, *, attempt: int | None = None) -> None:
         """Tell the caller's ingress of a terminal that is already in the log."""
@@ -101,8 +95,3 @@ def terminal_delta(terminal: Terminal, attempt: int) -> frames.Delta:
         index=0,
         data=msgspec.json.encode(told).decode(),
     )
-
-
-def _log_loss(future: asyncio.Future[RecordMetadata]) -> None:
-    if not future.cancelled() and (error := future.exception()) is not None:
-        log.warning("lifecycle_event_lost", error=repr(error))

@@ -27,9 +27,10 @@ from topics.frames import Delta, Kind, Moved, StreamView
 
 log = structlog.get_logger(__name__)
 
-SILENCE_S = 5.0
-"""After so much silence the request log is asked for the result, in case its frame was lost with a worker."""
 DROPPED_GRACE_S = 30.0
+
+DIRECT_SEND = "headrace.send"
+"""The server's own `send` in the scope: the body of a stream need not pass each middleware a token."""
 
 _terminal = msgspec.json.Decoder(Terminal)
 
@@ -123,6 +124,7 @@ class ChatAnswer(Response):
         if shared:
             await self._services.attachments.attach(request_id)
         watcher = asyncio.create_task(self._watch(receive))
+        self._services.replies.opened(self._stream)
         try:
             if self._streamed:
                 await self._send_stream(scope, receive, send)
@@ -130,6 +132,7 @@ class ChatAnswer(Response):
                 await self._send_whole(scope, receive, send)
         finally:
             watcher.cancel()
+            self._services.replies.closed(self._stream)
             self.detach()
             if shared:
                 await self._services.attachments.detach(request_id)
@@ -171,7 +174,7 @@ class ChatAnswer(Response):
         """The next deltas. On silence the log is asked; `silence` counts the waits in vain so far."""
         if self._gone.is_set() or self._services.draining.is_set():
             return [], silence
-        deltas = await self._stream.take(SILENCE_S)
+        deltas = await self._stream.take()
         if self._stream.moved is not None:
             moved = msgspec.json.decode(self._stream.moved, type=Moved)
             self._replay(moved.partition, moved.since_ms - 5_000)
@@ -216,7 +219,7 @@ class ChatAnswer(Response):
             return
         public = self._ticket.public
         content = completion(str(public), public.created_ms // 1000, self._alias, terminal)
-        headers = self._headers()
+        headers = self._id_headers()
         await Response(content, media_type="application/json", headers=headers)(scope, receive, send)
 
     # --- streamed ---------------------------------------------------------------------------------------------
@@ -226,8 +229,9 @@ class ChatAnswer(Response):
         renderer = ChunkRenderer(str(public), public.created_ms // 1000, self._alias, include_usage=self._include_usage)
         if self._after is not None and self._after[1] > 0:
             renderer.opened(set(range(self._choices)))
+        direct: Send = scope.get(DIRECT_SEND, send)
         begun = False
-        silence = 0
+        silence = tokens = 0
         first_status_at = self._began + self._services.settings.first_status_timeout
         while not self._gone.is_set():
             if self._services.draining.is_set() or self._stream.dropped:
@@ -239,9 +243,9 @@ class ChatAnswer(Response):
                     continue
                 if not begun:
                     begun = await self._begin(send)
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                await direct({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                 continue
-            events, tokens = bytearray(), 0
+            events = bytearray()
             for delta in deltas:
                 if delta.kind == Kind.TERMINAL:
                     self._terminal = _terminal.decode(delta.data)
@@ -257,9 +261,9 @@ class ChatAnswer(Response):
             if not begun:
                 begun = await self._begin(send)
                 metrics.TTFT.observe(time.monotonic() - self._began)
-            metrics.TOKENS_OUT.inc(tokens)
-            await send({"type": "http.response.body", "body": bytes(events), "more_body": self._terminal is None})
+            await direct({"type": "http.response.body", "body": bytes(events), "more_body": self._terminal is None})
             if self._terminal is not None:
+                metrics.TOKENS_OUT.inc(tokens)
                 return
 
     async def _begin(self, send: Send) -> bool:
@@ -267,7 +271,7 @@ class ChatAnswer(Response):
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
-            **self._headers(),
+            **self._id_headers(),
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
@@ -290,7 +294,7 @@ class ChatAnswer(Response):
         path = f"/v1/chat/completions/{self._ticket.public}/stream"
         return Unavailable(f"{why}; resume with GET {path} and Last-Event-ID.", retry_after_s=1).info()
 
-    def _headers(self) -> dict[str, str]:
+    def _id_headers(self) -> dict[str, str]:
         return {"x-request-id": self._ticket.public.request_id, "x-hr-stream-id": str(self._ticket.public)}
 
     def _observe(self, terminal: Terminal) -> None:

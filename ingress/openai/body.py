@@ -1,4 +1,4 @@
-"""The body of a chat request, read and checked: bounded, valid JSON, and every field known. Nothing is published before."""
+"""The body of a chat request, read and checked, before anything is published: bounded, valid, every field known."""
 
 from __future__ import annotations
 

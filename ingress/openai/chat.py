@@ -148,7 +148,7 @@ async def _publish(
         raise
     if wanted.idempotency_key is not None:
         await services.reservations.confirm(key.app, request_id, ticket.digest, partition, created_ms)
-    await services.outcomes.event(
+    services.outcomes.event(
         request_id,
         key.app,
         Stage.ACCEPTED,

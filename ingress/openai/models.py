@@ -19,8 +19,8 @@ async def list_models(request: Request) -> ModelList:
     cards = []
     for model in services.registry.snapshot.models.values():
         if model.enabled and may_use(key, model):
-            for name in (model.id, *model.aliases):
-                cards.append(ModelCard(id=name, created=model.created, owned_by=model.provider))
+            names = (model.id, *model.aliases)
+            cards += [ModelCard(id=name, created=model.created, owned_by=model.provider) for name in names]
     return ModelList(data=cards)
 
 

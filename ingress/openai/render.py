@@ -63,7 +63,7 @@ class ChunkRenderer:
         return b"id: %d:%d\ndata: %b%b%b" % (delta.attempt, delta.seq, self._before, choices, self._after)
 
     def _role(self, delta: Delta, index: int) -> bytes:
-        """The chunk that opens a choice. It bears no id, so that a resumed stream cannot begin between it and its text."""
+        """The chunk that opens a choice. It bears no id: a resumed stream cannot begin between it and its text."""
         if index in self._roles:
             return b""
         self._roles.add(index)

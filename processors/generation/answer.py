@@ -80,7 +80,7 @@ class Answer:
 
     def add(self, piece: Piece) -> frames.Delta | None:
         """Take a piece; returns the frame that tells of it, None for the end."""
-        if type(piece) is Text:
+        if isinstance(piece, Text):
             choice = self._choices.get(piece.index) or self._choice(piece.index)
             choice.parts.append(piece.text)
             self.tokens += piece.tokens
@@ -98,7 +98,6 @@ class Answer:
                         choice.logprobs.setdefault(name, []).extend(values)
             self.tokens += piece.tokens
             return self._delta(frames.Kind.CHOICES, 0, piece.json.decode(), piece.tokens)
-        assert isinstance(piece, Done)
         self.done = piece
         return None
 

@@ -67,7 +67,7 @@ class Attempt:
         """Generate to the end and write the terminal. Raises `KafkaError` when that could not be written."""
         self._started_ms = now_ms()
         request = self.command.request
-        await self._outcomes.event(
+        self._outcomes.event(
             request.request_id, request.tenant, Stage.STARTED,
             at_ms=self._started_ms, attempt=self.command.attempt, epoch=self.command.epoch,
             detail={"worker": self._worker, "provider": self._provider.name},
@@ -79,11 +79,11 @@ class Attempt:
                 self._generating = asyncio.create_task(self._generate(body))
                 await self._generating
             else:
-                status, error = self._cancelled()
+                status, error = self._cancelled(self._cancel)
         except asyncio.CancelledError:
             if self._cancel is None:
                 raise
-            status, error = self._cancelled()
+            status, error = self._cancelled(self._cancel)
         except HeadraceError as failure:
             status = Status.REJECTED if isinstance(failure, InvalidRequest) else Status.FAILED
             error = failure.info()
@@ -92,12 +92,12 @@ class Attempt:
             self._log.warning("generation_failed", code=error.code, error=error.message, tokens=self._answer.tokens)
         await self._finish(status, error, body)
 
-    def _cancelled(self) -> tuple[Status, ErrorInfo]:
-        assert self._cancel is not None
-        if self._cancel.status is Status.EXPIRED:
+    @staticmethod
+    def _cancelled(wish: CancelCommand) -> tuple[Status, ErrorInfo]:
+        if wish.status is Status.EXPIRED:
             late = DeadlineExceeded("The deadline passed before the answer was complete; what was generated was sent.")
             return Status.EXPIRED, late.info()
-        return Status.CANCELLED, ErrorInfo(499, "cancelled", self._cancel.reason)
+        return Status.CANCELLED, ErrorInfo(499, "cancelled", wish.reason)
 
     async def _body(self) -> dict[str, Any]:
         request = self.command.request
@@ -111,7 +111,7 @@ class Attempt:
         answer, writer, partition = self._answer, self._writer, self.command.request.reply_partition
         stream = self.command.request.stream
         size = 0
-        async with contextlib.aclosing(self._provider.generate(self._model, body)) as batches:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._provider.generate(self._model, body)) as batches:
             async for batch in batches:
                 first = self._first_token_ms == 0
                 for piece in batch:
@@ -129,7 +129,7 @@ class Attempt:
     async def _first_token(self) -> None:
         self._first_token_ms = now_ms()
         request = self.command.request
-        await self._outcomes.event(
+        self._outcomes.event(
             request.request_id, request.tenant, Stage.FIRST_TOKEN,
             at_ms=self._first_token_ms, attempt=self.command.attempt, epoch=self.command.epoch,
         )  # fmt: skip

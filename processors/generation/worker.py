@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import structlog
 
@@ -85,6 +86,8 @@ class Worker:
         self._running: dict[str, Attempt] = {}
         self._ended: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     # --- commands ---------------------------------------------------------------------------------------------
 
@@ -124,22 +127,21 @@ class Worker:
         if known is not None and known.epoch >= command.epoch:
             return
         try:
-            held = _Held(command, self._provider(command.provider))
+            provider = self._provider(command.provider)
         except HeadraceError as error:
             log.error("provider_unusable", provider=command.provider.name, error=error.message)
             self._held[command.model.id] = held = _Held(command, None)
             held.state, held.error = "failed", error.message
             self.changed.set()
             return
-        self._held[command.model.id] = held
+        self._held[command.model.id] = held = _Held(command, provider)
         self.changed.set()
-        self._spawn(self._bring(held))
+        self._spawn(self._bring(held, provider))
 
-    async def _bring(self, held: _Held) -> None:
+    async def _bring(self, held: _Held, provider: Provider) -> None:
         began = time.monotonic()
         try:
-            assert held.provider is not None
-            held.bytes = (await held.provider.load(held.model)).bytes
+            held.bytes = (await provider.load(held.model)).bytes
             held.state = "active"
             metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
             log.info("model_loaded", model=held.model.id, epoch=held.epoch, bytes=held.bytes)
@@ -174,6 +176,7 @@ class Worker:
             worker=self.id, writer=self._writer, outcomes=self._outcomes, bodies=self._bodies,
         )  # fmt: skip
         self._running[request_id] = attempt
+        self._idle.clear()
         metrics.GENERATING.set(len(self._running))
         self._spawn(self._run(attempt, held, held.provider))
 
@@ -184,23 +187,25 @@ class Worker:
         finally:
             if self._running.get(request_id) is attempt:
                 del self._running[request_id]
+            if not self._running:
+                self._idle.set()
             metrics.GENERATING.set(len(self._running))
             self._ended[request_id, attempt.command.attempt] = None
             while len(self._ended) > REMEMBERED:
                 self._ended.popitem(last=False)
         if await provider.on_dead(held.model):
-            self._revive(held)
+            self._revive(held, provider)
 
-    def _revive(self, held: _Held) -> None:
+    def _revive(self, held: _Held, provider: Provider) -> None:
         """The engine of a model died: load it again under the same lease."""
         if held.state == "active" and self._held.get(held.model.id) is held:
             log.error("engine_died", model=held.model.id, epoch=held.epoch)
             held.state = "loading"
             self.changed.set()
-            self._spawn(self._bring(held))
+            self._spawn(self._bring(held, provider))
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
 
@@ -242,8 +247,7 @@ class Worker:
         """Wait for running attempts, then cancel what is left; close the providers."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while self._running:
-                    await asyncio.sleep(0.05)
+                await self._idle.wait()
         for request_id, attempt in list(self._running.items()):
             attempt.cancel(CancelCommand(self._term, request_id, "The worker is stopping."))
         if self._tasks:

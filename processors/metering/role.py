@@ -24,6 +24,8 @@ from topics.request_log import LogView
 
 log = structlog.get_logger(__name__)
 
+GATHER_S = 0.1
+"""Usage may come this much later; many terminals share a write then."""
 LONGEST_REQUEST_MS = 30 * 60_000
 """What the log said of a request longer ago than this cannot concern a terminal that comes now."""
 
@@ -95,7 +97,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life."""
     async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
         metering = Metering(settings, producer)
-        agent = AgentRole(settings, "metering", LOG, metering.handle)
+        agent = AgentRole(settings, "metering", LOG, metering.handle, gather_s=GATHER_S)
 
         async def lost(partitions: frozenset[int]) -> None:
             metering.forget_partitions(partitions)

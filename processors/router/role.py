@@ -71,7 +71,7 @@ class Router:
 
     async def _forward(self, routed: Routed) -> Awaitable[object]:
         sent = await self._producer.post(ROUTED.name, msgspec.json.encode(routed), key=routed.pool)
-        await self._outcomes.event(
+        self._outcomes.event(
             routed.request_id,
             routed.tenant,
             Stage.ROUTED,

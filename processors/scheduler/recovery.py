@@ -137,7 +137,7 @@ class Recovery:
             waits.append(
                 await self._producer.post(LOG.name, msgspec.json.encode(opened), key=request_id, headers=headers)
             )
-            await self._outcomes.event(
+            self._outcomes.event(
                 request_id, routed.tenant, Stage.ATTEMPT_LOST, attempt=attempt - 1, detail={"worker": running.worker}
             )
         positions: dict[TopicPartition, int] = {}

@@ -87,7 +87,7 @@ class Scheduler:
         """The same request again: counted, never ended by us; its caller is sent to the first one's stream."""
         metrics.DUPLICATES.inc()
         held = runner.held.get(routed.request_id)
-        await self._outcomes.event(routed.request_id, routed.tenant, Stage.DUPLICATE, detail={"live": held is not None})
+        self._outcomes.event(routed.request_id, routed.tenant, Stage.DUPLICATE, detail={"live": held is not None})
         if held is None or held.routed.reply_partition == routed.reply_partition:
             return
         moved = frames.Moved(held.routed.reply_partition, held.routed.accepted_ms)

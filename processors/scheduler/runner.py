@@ -102,7 +102,7 @@ class PoolRunner:
         """The log holds a terminal: drop the request and tombstone its record. False when it is not this pool's."""
         if self.held.pop(request_id, None) is None:
             return False
-        await self._producer.post(LIVE.name, None, key=request_id, partition=self.partition)
+        self._producer.post_later(LIVE.name, None, key=request_id, partition=self.partition)
         await self.feed(policy.Finished(request_id))
         return True
 
@@ -135,7 +135,7 @@ class PoolRunner:
                     waits += await self._assign(request, worker, boot, epoch)
                 case policy.Enqueued(request):
                     waits.append(await self._post_live(request))
-                    await self._outcomes.event(request.id, request.tenant, Stage.QUEUED, attempt=request.attempt)
+                    self._outcomes.event(request.id, request.tenant, Stage.QUEUED, attempt=request.attempt)
                 case policy.End(request, status, code, message):
                     waits.append(self._end(self.held[request.id].routed, request, status, code, message))
                 case policy.CancelRunning(request_id, worker, reason, status):
@@ -173,7 +173,7 @@ class PoolRunner:
             held.routed = msgspec.structs.replace(held.routed, body=NOTHING)
         metrics.QUEUE_SECONDS.observe((at - request.arrived_ms) / 1000)
         detail: dict[str, str | int | float | bool] = {"worker": worker, "model": request.model}
-        await self._outcomes.event(
+        self._outcomes.event(
             request.id, request.tenant, Stage.ASSIGNED, at_ms=at, attempt=request.attempt, epoch=epoch, detail=detail
         )
         return waits

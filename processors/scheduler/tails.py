@@ -17,6 +17,9 @@ from topics.catalogue import CANCELLATIONS, LOG, POOL_TERMS, WORKER_STATUS
 from topics.clients import LogReader, Record
 from topics.request_log import LogView
 
+GATHER_S = 0.005
+"""A slot is found free this much later; under load many terminals share a fetch then."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -86,6 +89,7 @@ class Tails:
             if batches:
                 async with self._moved:
                     self._moved.notify_all()
+                await asyncio.sleep(GATHER_S)
 
     async def reached(self, positions: dict[TopicPartition, int]) -> None:
         """Return when every partition has been read up to (not including) the given offsets."""

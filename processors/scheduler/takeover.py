@@ -34,7 +34,7 @@ async def take_term(producer: Producer, pool: str, instance: str) -> int:
     """Append this scheduler's claim; its offset is the term. Raises `KafkaError`."""
     claim = PoolTerm(pool, instance, now_ms())
     written = await producer.send(POOL_TERMS.name, msgspec.json.encode(claim), key=pool)
-    return written.offset
+    return int(written.offset)
 
 
 async def read_live(reader: LogReader, partition: int) -> LiveSet:

@@ -20,7 +20,7 @@ class Limits:
     """Of record values, keys and headers aside."""
     linger_s: float = 0.1
     """A batch waits this long for company after an idle time …"""
-    interval_s: float = 0.5
+    interval_s: float = 1.0
     """… and under load batches start this far apart, so that ClickHouse gets few, large parts."""
 
 

@@ -32,6 +32,9 @@ log = structlog.get_logger(__name__)
 ROLE = "sink"
 GROUP = "headrace-sink"
 POLL_S = 0.5
+FETCH_WAIT_MS = 400
+FETCH_MIN_BYTES = 16 * 1024
+"""The brokers answer a fetch with this much, or after that long: rows wait for company, not each for a fetch."""
 """Longest wait for records, and so the longest wait before a wish to stop is seen."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 MAX_POLL_INTERVAL_MS = 24 * 3_600_000
@@ -79,7 +82,8 @@ class Sink:
             max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
-            fetch_max_wait_ms=int(POLL_S * 1000),
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            fetch_min_bytes=FETCH_MIN_BYTES,
         )
 
     async def run(self) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import hashlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
 from typing import cast
 
+import httpx
 import msgspec
 from ollama import AsyncClient, ChatResponse, ShowResponse
 
@@ -73,7 +75,7 @@ class Ollama(Provider):
         """Bring the model into the server's memory and keep it there. Raises `ProviderError`."""
         with translated(self._where):
             shown = await self._client.show(model.backend_tag)
-            longest = _context_length(shown.modelinfo)
+            longest = ollama_body.trained_context(shown.modelinfo)
             if longest is not None and longest < model.context_length:
                 raise ProviderError(
                     f"{self._where}: {model.backend_tag!r} holds {longest} tokens, less than the context_length of"
@@ -81,7 +83,7 @@ class Ollama(Provider):
                 )
             self._margins[model.id] = _margins(shown)
             await self._client.generate(model.backend_tag, keep_alive=KEEP, options=_size(model))
-        found = next((one for one in await self.resident() if _same(one.tag, model.backend_tag)), None)
+        found = next((one for one in await self.resident() if ollama_body.same_model(one.tag, model.backend_tag)), None)
         if found is None:
             raise ProviderError(f"{self._where} did not keep {model.backend_tag!r} in memory: is it too large?")
         self._loaded[model.id] = model
@@ -142,8 +144,11 @@ class Ollama(Provider):
 
     async def create(self, tag: str, gguf: Path, progress: Progress) -> None:
         """Make a model on the server out of a GGUF file. Raises `ProviderError`."""
+        digest = f"sha256:{await asyncio.to_thread(_sha256, gguf)}"
+        with contextlib.suppress(httpx.WriteError, httpx.RemoteProtocolError, httpx.ReadError):
+            # A server that has the file answers without reading it, which the client takes for a broken connection.
+            await self._client.create_blob(gguf)
         with translated(self._where):
-            digest = await self._client.create_blob(gguf)
             async for step in await self._client.create(tag, files={gguf.name: digest}, stream=True):
                 progress(step.status or "", step.completed or 0, step.total or 0)
 
@@ -261,7 +266,7 @@ class Ollama(Provider):
         )
 
     async def _holds(self, tag: str) -> bool:
-        return any(_same(one.tag, tag) for one in await self.resident())
+        return any(ollama_body.same_model(one.tag, tag) for one in await self.resident())
 
     async def _version(self) -> tuple[int, ...]:
         answer = await self._pool.call("GET", "/api/version")
@@ -284,12 +289,6 @@ def _margins(shown: ShowResponse) -> tuple[int, int]:
     return max(once, each), each
 
 
-def _same(held: str, tag: str) -> bool:
-    """Whether two names mean one model; a name without a tag means `latest`."""
-    full = [name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest" for name in (held, tag)]
-    return full[0] == full[1]
-
-
-def _context_length(info: Mapping[str, object] | None) -> int | None:
-    values = [value for key, value in (info or {}).items() if key.endswith(".context_length")]
-    return next((value for value in values if isinstance(value, int)), None)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -146,6 +146,18 @@ def delta(
     return choice
 
 
+def same_model(held: str, tag: str) -> bool:
+    """Whether two names mean one model; a name without a tag means `latest`."""
+    full = [name if ":" in name.rsplit("/", 1)[-1] else f"{name}:latest" for name in (held, tag)]
+    return full[0] == full[1]
+
+
+def trained_context(info: Mapping[str, object] | None) -> int | None:
+    """Tokens that a model was trained for, out of what the server tells of its file."""
+    values = [value for key, value in (info or {}).items() if key.endswith(".context_length")]
+    return next((value for value in values if isinstance(value, int)), None)
+
+
 def _parts(parts: Sequence[object]) -> tuple[list[str], list[str]]:
     texts: list[str] = []
     images: list[str] = []
