@@ -51,6 +51,8 @@ class _Held:
         self.state = "loading"
         self.bytes = 0
         self.error = ""
+        self.settled = asyncio.Event()
+        """Set unless the model is being loaded."""
 
 
 class Worker:
@@ -148,6 +150,7 @@ class Worker:
         except HeadraceError as error:
             held.state, held.error = "failed", error.message
             log.error("model_load_failed", model=held.model.id, epoch=held.epoch, error=error.message)
+        held.settled.set()
         self.changed.set()
 
     def _unload(self, command: UnloadCommand) -> None:
@@ -183,7 +186,12 @@ class Worker:
     async def _run(self, attempt: Attempt, held: _Held, provider: Provider) -> None:
         request_id = attempt.command.request.request_id
         try:
-            await attempt.run()
+            await held.settled.wait()
+            if held.state == "failed":
+                error = ProviderError(f"The model's engine died and could not be started again: {held.error}")
+                await self._outcomes.end(unable(attempt.command, self.id, error))
+            else:
+                await attempt.run()
         finally:
             if self._running.get(request_id) is attempt:
                 del self._running[request_id]
@@ -201,6 +209,7 @@ class Worker:
         if held.state == "active" and self._held.get(held.model.id) is held:
             log.error("engine_died", model=held.model.id, epoch=held.epoch)
             held.state = "loading"
+            held.settled.clear()
             self.changed.set()
             self._spawn(self._bring(held, provider))
 

@@ -203,6 +203,8 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     early = pool.early_cancels.pop(request.id, None)
     if early is not None:
         return [End(request, Status.CANCELLED, "cancelled", early[1])]
+    if now_ms > request.deadline_ms:
+        return [End(request, Status.EXPIRED, "deadline_exceeded", "The deadline passed before it could be queued.")]
     if request.model not in pool.models:
         return [End(request, Status.REJECTED, "model_not_found", f"The model {request.model!r} was removed.")]
     queue = pool.queue(request.model)
@@ -298,7 +300,9 @@ def _adopt(pool: Pool, status: WorkerStatus) -> list[Action]:
             pool.leases[place] = lease
         if resident.epoch != lease.epoch or resident.state == lease.state:
             continue
-        if resident.state == "active":
+        if resident.state == "loading":
+            lease.state = "granted"  # its engine died and comes back under the same lease
+        elif resident.state == "active":
             lease.state = "active"
             actions.append(
                 LeaseMoved(status.worker, status.boot, resident.model, resident.epoch, "active", resident.bytes)

@@ -18,7 +18,7 @@ from processors.scheduler import policy
 from processors.scheduler.runner import Held, PoolRunner, pool_partition
 from processors.scheduler.state import Running
 from processors.scheduler.tails import Tails
-from processors.scheduler.takeover import read_live, read_routed, restored, take_term
+from processors.scheduler.takeover import forgotten, oldest_live_ms, read_live, read_routed, restored, take_term
 from schemas.events import Cancellation, Routed, Stage, WorkerStatus
 from schemas.ids import is_idempotent
 from topics import frames
@@ -31,7 +31,7 @@ from topics.outcomes import Outcomes, now_ms
 log = structlog.get_logger(__name__)
 
 MAX_AGE_MS = 600_000
-"""The log is followed from this long ago: no request older than this is assigned any more."""
+"""The log is followed from this long ago, or from the oldest live request: no older one is assigned any more."""
 REMEMBER_MS = 900_000
 REMEMBER_IDEMPOTENT_MS = 86_400_000
 """How long finished ids are kept to tell duplicates: idempotent ones may be sent again for a day."""
@@ -140,8 +140,12 @@ class Scheduler:
             self._pools[name] = runner
             for request in mine:
                 if self.tails.view.decided(request.request_id):
+                    runner.bury_live(request.request_id)
                     continue
                 if (record := routed.get(request.request_id)) is None:
+                    log.error("routed_record_gone", request_id=request.request_id, offset=request.routed_offset)
+                    await self._outcomes.end(forgotten(request))
+                    runner.bury_live(request.request_id)
                     continue
                 await self._restore(
                     runner, request.worker != "", record, request.routed_offset, restored(request, record)
@@ -233,7 +237,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
         await registry.start()
         scheduler = Scheduler(settings, producer, registry)
-        await scheduler.tails.start(now_ms() - MAX_AGE_MS)
+        oldest = await oldest_live_ms(settings.kafka_bootstrap)
+        await scheduler.tails.start(min(now_ms() - MAX_AGE_MS, oldest or now_ms()))
         beside = [asyncio.create_task(scheduler.tails.run()), asyncio.create_task(scheduler.tick())]
         for task in beside:
             task.add_done_callback(lambda done: None if done.cancelled() else scheduler.agent.fail(_error(done)))

@@ -102,9 +102,13 @@ class PoolRunner:
         """The log holds a terminal: drop the request and tombstone its record. False when it is not this pool's."""
         if self.held.pop(request_id, None) is None:
             return False
-        self._producer.post_later(LIVE.name, None, key=request_id, partition=self.partition)
+        self.bury_live(request_id)
         await self.feed(policy.Finished(request_id))
         return True
+
+    def bury_live(self, request_id: str) -> None:
+        """Tombstone a request's live record; should a crash lose that, the successor finds the terminal and does it."""
+        self._producer.post_later(LIVE.name, None, key=request_id, partition=self.partition)
 
     def spawn(self, work: Awaitable[None]) -> None:
         """Run something beside the stream; its failure ends the role."""

@@ -8,8 +8,9 @@ import msgspec
 import structlog
 from aiokafka import TopicPartition
 
+from headrace.errors import DeadlineExceeded
 from processors.scheduler.state import Request, Running
-from schemas.events import LiveRequest, PoolTerm, Routed
+from schemas.events import LiveRequest, PoolTerm, Routed, Status, Terminal, Timings
 from topics.catalogue import LIVE, POOL_TERMS, ROUTED
 from topics.clients import LogReader, Producer
 from topics.outcomes import now_ms
@@ -55,19 +56,47 @@ async def read_live(reader: LogReader, partition: int) -> LiveSet:
 
 
 async def read_routed(reader: LogReader, live: list[LiveRequest]) -> dict[str, Routed]:
-    """The routed records of live requests, by id; one that retention took is missing."""
+    """The routed records of live requests of one partition, by id; one that retention took is missing."""
     found: dict[str, Routed] = {}
+    if not live:
+        return found
+    tp = TopicPartition(ROUTED.name, live[0].routed_partition)
+    reader.consumer.assign([tp])
+    oldest = (await reader.consumer.beginning_offsets([tp]))[tp]
     for request in sorted(live, key=lambda known: known.routed_offset):
-        tp = TopicPartition(ROUTED.name, request.routed_partition)
-        if reader.consumer.assignment() != {tp}:
-            reader.consumer.assign([tp])
+        if request.routed_offset < oldest:
+            continue
         reader.consumer.seek(tp, request.routed_offset)
         record = await reader.consumer.getone(tp)
-        if record.offset != request.routed_offset or record.value is None:
-            log.error("routed_record_gone", request_id=request.request_id, offset=request.routed_offset)
-            continue
-        found[request.request_id] = _routed.decode(record.value)
+        found[request.request_id] = _routed.decode(record.value or b"")
     return found
+
+
+async def oldest_live_ms(bootstrap: str) -> int | None:
+    """When the oldest request without a terminal was accepted (Unix ms), over all pools; None when there is none."""
+    async with LogReader(bootstrap, "scheduler-oldest") as reader:
+        live = [
+            request for partition in range(LIVE.partitions) for request in (await read_live(reader, partition)).requests
+        ]
+    return min((request.accepted_ms for request in live), default=None)
+
+
+def forgotten(live: LiveRequest) -> Terminal:
+    """The end of a request whose routed record is older than the brokers keep: nobody can answer it any more."""
+    late = DeadlineExceeded("The request waited longer than its record is kept; send it again.")
+    return Terminal(
+        request_id=live.request_id,
+        tenant=live.tenant,
+        attempt=max(1, live.attempt),
+        epoch=live.epoch,
+        status=Status.EXPIRED,
+        model=live.model,
+        pool=live.pool,
+        worker=live.worker,
+        reply_partition=live.reply_partition,
+        error=late.info(),
+        timings=Timings(accepted_ms=live.accepted_ms, finished_ms=now_ms()),
+    )
 
 
 def restored(live: LiveRequest, routed: Routed) -> Running:

@@ -47,6 +47,9 @@ async def stream_chat(pool: Pool, where: str, body: Mapping[str, object]) -> Asy
         receive, feed = connection.receive, parser.feed
         while data := await receive():
             batch = feed(data)
+            if parser.failure is not None:
+                yield batch
+                raise parser.failure
             if parser.done:
                 held = False
                 pool.release_soon(connection)

@@ -91,7 +91,7 @@ _slow = msgspec.json.Decoder(_SlowChunk).decode
 class ChatStream:
     """Reads one answer of `choices` choices; `where` names the provider in errors."""
 
-    __slots__ = ("_choices", "_events", "_fingerprint", "_finished", "_given", "_usage", "_where", "done")
+    __slots__ = ("_choices", "_events", "_fingerprint", "_finished", "_given", "_usage", "_where", "done", "failure")
 
     def __init__(self, where: str, choices: int = 1) -> None:
         self._where = where
@@ -102,10 +102,26 @@ class ChatStream:
         self._usage: Usage | None = None
         self._given = False
         self.done = False
+        self.failure: HeadraceError | None = None
+        """What is wrong with the bytes after the pieces that `feed` returned last; nothing may be fed any more."""
 
     def feed(self, data: bytes) -> list[Piece]:
-        """Pieces of the events that `data` completes. Raises `ProviderError`, or a refusal sent as the first event."""
+        """Pieces of the events that `data` completes. Raises `ProviderError`, or a refusal sent as the first event.
+
+        Pieces before the fault are still given out: the fault is then in `failure`.
+        """
         pieces: list[Piece] = []
+        try:
+            self._events_of(data, pieces)
+        except HeadraceError as problem:
+            if not pieces:
+                raise
+            self.failure = problem
+        if pieces:
+            self._given = True
+        return pieces
+
+    def _events_of(self, data: bytes, pieces: list[Piece]) -> None:
         try:
             for payload in self._events.feed(data):
                 if self.done:
@@ -113,9 +129,6 @@ class ChatStream:
                 self._event(payload, pieces)
         except (GarbageError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
             raise self._error(f"sent what is not a chat stream: {problem}") from problem
-        if pieces:
-            self._given = True
-        return pieces
 
     def truncated(self) -> ProviderError:
         """The error for a stream that ended here, before its `[DONE]`."""
