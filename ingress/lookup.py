@@ -11,8 +11,10 @@ from typing import NamedTuple
 import msgspec
 import structlog
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 from aiokafka.partitioner import murmur2
 
+from headrace.errors import Unavailable
 from headrace.settings import Settings
 from schemas.events import LifecycleEvent, Terminal
 from topics import envelope, request_log
@@ -27,6 +29,8 @@ CLOCK_SLACK_MS = 5_000
 MAX_SCAN_RECORDS = 200_000
 """Older requests are found in ClickHouse; a scan of Kafka ends here."""
 MAX_READERS = 8
+TIMEOUT_S = 10.0
+"""A look-up that takes longer is given up: the brokers are away, or too busy."""
 
 _event = msgspec.json.Decoder(LifecycleEvent)
 
@@ -61,18 +65,21 @@ class Lookup:
 
     @contextlib.asynccontextmanager
     async def _reader(self) -> AsyncIterator[LogReader]:
-        async with self._slots:
-            if self._idle:
-                reader = self._idle.pop()
-            else:
-                reader = LogReader(self._settings.kafka_bootstrap, "ingress-lookup")
-                await reader.start()
-            try:
-                yield reader
-            except BaseException:
-                await reader.stop()
-                raise
-            self._idle.append(reader)
+        try:
+            async with asyncio.timeout(TIMEOUT_S), self._slots:
+                if self._idle:
+                    reader = self._idle.pop()
+                else:
+                    reader = LogReader(self._settings.kafka_bootstrap, "ingress-lookup")
+                    await reader.start()
+                try:
+                    yield reader
+                except BaseException:
+                    await reader.stop()
+                    raise
+                self._idle.append(reader)
+        except (KafkaError, TimeoutError) as error:
+            raise Unavailable("The request cannot be looked up now (Kafka does not answer in time).") from error
 
     async def _records(self, reader: LogReader, topic: Topic, request_id: str, since_ms: int) -> AsyncIterator[Record]:
         partition = partition_of(topic, request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
@@ -12,6 +13,15 @@ from topics.catalogue import MAX_BODY_BYTES
 
 MAX_TOKEN_BYTES = 128
 """No common tokenizer has a longer token, so a text of n bytes is at least n / 128 tokens."""
+
+
+class _AsTheStreamReadsIt(msgspec.Struct):
+    """The parsers behind Kafka are stricter than the one here (NaN, for one): what they refuse is refused at once."""
+
+    messages: msgspec.Raw
+
+
+_stream_decoder = msgspec.json.Decoder(_AsTheStreamReadsIt)
 
 
 async def read_body(request: Request) -> bytes:
@@ -40,13 +50,27 @@ def parse(raw: bytes) -> ChatCompletionRequest:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8: byte {error.start} is invalid.") from None
     try:
-        return ChatCompletionRequest.model_validate_json(raw)
+        body = ChatCompletionRequest.model_validate_json(raw)
+        _stream_decoder.decode(raw)
     except ValidationError as error:
         raise _explain(error) from None
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
+    return body
 
 
 def _explain(error: ValidationError) -> HeadraceError:
-    problem = error.errors(include_url=False, include_context=False)[0]
+    problems = error.errors(include_url=False, include_context=False)
+    # A union complains once a branch: the branch that got furthest is the one that the caller meant.
+    first = _path(problems[0]["loc"])
+    meant = [found for found in problems if _path(found["loc"]).startswith(first)]
+    problem = max(
+        meant,
+        key=lambda found: (
+            _path(found["loc"]).count("[") + len(_path(found["loc"]).split(".")),
+            found["type"] != "string_type",
+        ),
+    )
     path = _path(problem["loc"])
     if problem["type"] == "json_invalid":
         return InvalidRequest(f"The body is not valid JSON: {problem['msg']}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from topics.clients import Producer
 from topics.envelope import Envelope
 
 log = structlog.get_logger(__name__)
+_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
+"""W3C Trace Context; what does not match is to be ignored, as the standard says."""
 router = APIRouter()
 
 PRODUCE_TIMEOUT_S = 5.0
@@ -55,7 +58,7 @@ def wishes(request: Request, default_deadline_s: float) -> Wishes:
         Reservations.check_key(key)
     resume_s = DEFAULT_RESUME_S if key is not None else 0
     if (text := headers.get("x-hr-resume")) is not None:
-        if not text.isdigit() or not 0 <= int(text) <= MAX_RESUME_S:
+        if not (text.isascii() and text.isdecimal()) or int(text) > MAX_RESUME_S:
             raise InvalidRequest(f"x-hr-resume must be whole seconds from 0 to {MAX_RESUME_S}.", param="x-hr-resume")
         resume_s = int(text)
     deadline_s = default_deadline_s
@@ -68,7 +71,8 @@ def wishes(request: Request, default_deadline_s: float) -> Wishes:
             raise InvalidRequest(
                 f"x-request-timeout must be seconds, above 0 and at most {MAX_DEADLINE_S:g}.", param="x-request-timeout"
             )
-    return Wishes(key, resume_s, deadline_s, headers.get("traceparent"))
+    trace = headers.get("traceparent", "")
+    return Wishes(key, resume_s, deadline_s, trace if _TRACEPARENT.match(trace) else None)
 
 
 @router.post("/v1/chat/completions")
