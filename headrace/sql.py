@@ -100,10 +100,10 @@ def _table(answer: Answer) -> str:
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in answer.rows:
         table.add_row(*(_cell(value) for value in row))
-    return f"{_drawn(table)}\n{len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'}"
+    return f"{drawn(table)}\n{len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'}"
 
 
-def _drawn(table: Table) -> str:
+def drawn(table: Table) -> str:
     """A table as wide as the terminal, or as it needs where there is none."""
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
@@ -142,4 +142,4 @@ def catalogue() -> str:
     for query in QUERIES:
         filled = (f"{name}={query.defaults.get(name, '…')}" for name in sorted(query.parameters))
         table.add_row(query.name, query.about, " ".join(filled))
-    return _drawn(table)
+    return drawn(table)

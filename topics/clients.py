@@ -172,7 +172,11 @@ class LogReader:
         await self.consumer.stop()
 
     async def __aenter__(self) -> LogReader:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.stop()
+            raise
         return self
 
     async def __aexit__(
@@ -194,7 +198,8 @@ class LogReader:
 
     async def seek_to_time(self, assignment: Sequence[TopicPartition], since_ms: int) -> None:
         """Position each partition at its first record of `since_ms` (Unix ms) or later; at its end if there is none."""
-        found = await self.consumer.offsets_for_times(dict.fromkeys(assignment, since_ms))
+        # Negative times have meanings of their own in the protocol, and this client asks again and again.
+        found = await self.consumer.offsets_for_times(dict.fromkeys(assignment, max(0, since_ms)))
         ends = await self.consumer.end_offsets(list(assignment))
         for partition in assignment:
             at = found.get(partition)
@@ -216,3 +221,5 @@ class LogReader:
             for partition in list(open_):
                 if await self.consumer.position(partition) >= ends[partition]:
                     open_.discard(partition)
+                    # A fetch may have gone past the end as it was: the next call begins where this one ended.
+                    self.consumer.seek(partition, ends[partition])

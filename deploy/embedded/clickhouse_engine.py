@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -64,21 +66,9 @@ class _Result(Protocol):
     def storage_bytes_read(self) -> int: ...
 
 
-class _Inserter(Protocol):
-    def append(self, data: bytes) -> None: ...
-    def finish(self) -> _Written: ...
-    def cancel(self) -> None: ...
-
-
-class _Written(Protocol):
-    rows_written: int
-    bytes_written: int
-
-
 class _Connection(Protocol):
     def query(self, query: str, format: str, params: Mapping[str, str] | None = None) -> _Result: ...
     def send_query(self, query: str, format: str, params: Mapping[str, str] | None = None) -> Iterable[_Result]: ...
-    def send_insert(self, query: str, format: str) -> _Inserter: ...
     def close(self) -> None: ...
 
 
@@ -115,6 +105,9 @@ class Engine:
 
     def __init__(self, data: Path) -> None:
         data.mkdir(parents=True, exist_ok=True)
+        self._spool = data.parent.resolve() / f"{data.name}-spool"
+        shutil.rmtree(self._spool, ignore_errors=True)  # what an earlier process left; its inserts were never answered
+        self._spool.mkdir()
         for heavy in ("pyarrow", "pandas", "numpy"):
             # chdb imports them only for results as Python objects, which are never asked for here: 40 MB saved.
             sys.modules.setdefault(heavy, cast("ModuleType", None))
@@ -156,19 +149,21 @@ class Engine:
             yield result.bytes()
 
     def insert(self, statement: Statement, insert: Insert, data: Iterable[bytes], progress: Progress) -> None:
-        """Write rows as they arrive; an error in the data, or in reading it, cancels what was not yet a part."""
-        with self._session(statement) as connection:
-            for name, value in statement.params.items():
-                _set(connection, f"param_{name}", value)
-            inserter = connection.send_insert(insert.statement, insert.format)
-            try:
-                for piece in data:
-                    inserter.append(piece)
-            except BaseException:
-                inserter.cancel()
-                raise
-            written = inserter.finish()
-            progress.written_rows, progress.written_bytes = written.rows_written, written.bytes_written
+        """Write rows. Raises `EngineError`, with nothing written of a block that the table refuses.
+
+        The rows are spooled to a file that one statement then reads: chdb's own streaming insert reports errors of
+        the format alone, and acknowledges rows that the table refused (too many partitions, a violated constraint).
+        """
+        with tempfile.NamedTemporaryFile(dir=self._spool, prefix="insert-") as spool:
+            for piece in data:
+                spool.write(piece)
+            spool.flush()
+            text = f"{insert.statement} FROM INFILE {quote_text(spool.name)} COMPRESSION 'none' FORMAT {insert.format}"
+            with self._session(statement) as connection:
+                for name, value in statement.params.items():
+                    _set(connection, f"param_{name}", value)
+                written = connection.query(text, "Null")
+                progress.written_rows, progress.written_bytes = written.rows_read(), Path(spool.name).stat().st_size
 
     def _open(self) -> _Connection:
         connection = cast("_Connection", self._connect(self._target))

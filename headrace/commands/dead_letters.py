@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from headrace import letters
@@ -17,6 +16,7 @@ from headrace.commands.failures import plain_failures, stop
 from headrace.letters import CannotReplay, Letter
 from headrace.local import resolve
 from headrace.settings import Settings
+from headrace.sql import drawn
 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
@@ -51,9 +51,8 @@ def show_all(
         about = letter.about
         where = f"{about.source_topic}/{about.partition}/{about.offset}"
         table.add_row(str(letter.number), _time(about.at_ms), where, about.role, str(about.times_seen), about.reason)
-    console = Console(markup=False, highlight=False)
-    console.print(table)
-    console.print(f"{len(shown)} of {len(found)}")
+    typer.echo(drawn(table))
+    typer.echo(f"{len(shown)} of {len(found)}")
 
 
 def show_one(

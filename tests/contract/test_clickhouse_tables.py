@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from clickhouse_connect.driver.asyncclient import AsyncClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from clickhouse.client import connect, connect_sync
@@ -36,6 +36,8 @@ from headrace.settings import Settings
 from schemas.events import AttemptOpened, LifecycleEvent, LogRecord, Stage, Status, Terminal, Timings, UsageEvent
 from topics.request_log import deciding_terminal
 
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+"""Without shrinking: an example costs inserts, and a failing run should not take minutes."""
 NOW_MS = 1_790_000_000_000
 _ids = itertools.count(1)
 
@@ -164,7 +166,7 @@ def request_log(request_id: str, steps: list[Step]) -> list[LogRecord]:
     ]  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(
     logs=st.lists(LOGS, min_size=1, max_size=6),
     runs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1), st.integers(1, 7)), max_size=5),
@@ -230,7 +232,7 @@ async def test_a_zombies_terminal_decides_only_before_the_next_attempt(
     assert rows == ([decides] if decides else [])
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(
     events=st.lists(st.tuples(st.integers(0, 4), st.sampled_from(list(Stage)), st.integers(1, 2)), max_size=12),
     order=st.randoms(use_true_random=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import subprocess
@@ -18,6 +19,7 @@ from processors.generation.providers.base import Piece, Provider
 from processors.generation.providers.factory import make_provider
 from processors.generation.providers.llama_cpp import LlamaCpp
 from processors.generation.providers.llama_models import resolve
+from processors.generation.providers.llama_server import LlamaServer
 from processors.generation.providers.ollama import Ollama
 from schemas import control
 from schemas.control import Model
@@ -41,8 +43,15 @@ class Backend:
         self.engine = engine
         self.small: tuple[Provider, Model] = (provider, self.model)
         """A provider and model of SMALL_CONTEXT tokens."""
+        self.slots: Callable[[], LlamaServer] | None = None
         self.restart: Callable[[], Awaitable[None]] = self._nothing
         """Bring a killed engine back where the provider itself cannot."""
+
+    async def busy(self) -> bool:
+        """Whether the engine computes now: by its slots, or by its CPU time where it shows none."""
+        if self.slots is not None:
+            return await working(self.slots())
+        return await asyncio.to_thread(using_cpu, self.engine())
 
     async def _nothing(self) -> None:
         """The provider's own load is enough."""
@@ -54,11 +63,15 @@ class Backend:
 
 def using_cpu(process: psutil.Process | None) -> bool:
     """Whether an engine computes: more than a tenth of a core over 100 ms."""
-    if process is None:
-        return False
     with contextlib.suppress(psutil.Error):
-        return process.cpu_percent(interval=0.1) > 10
+        return process is not None and process.cpu_percent(interval=0.1) > 10
     return False
+
+
+async def working(server: LlamaServer) -> bool:
+    """Whether a slot of the engine is in use, as the engine itself says."""
+    slots = msgspec.json.decode(await server.root.call("GET", "/slots"), type=list[dict[str, object]])
+    return any(slot["is_processing"] for slot in slots)
 
 
 @contextlib.asynccontextmanager
@@ -71,6 +84,7 @@ async def llama_backend() -> AsyncIterator[Backend]:
         return None
 
     backend = Backend("llama_cpp", provider, WEIGHTS, engine)
+    backend.slots = lambda: provider.server(backend.model)
     backend.small = provider, msgspec.structs.replace(backend.model, id="small", context_length=SMALL_CONTEXT)
     try:
         yield backend
@@ -95,6 +109,8 @@ async def openai_backend() -> AsyncIterator[Backend]:
         return make_provider(record)
 
     backend = Backend("openai", await connect(model), WEIGHTS, lambda: psutil.Process(host.server(model).pid))
+
+    backend.slots = lambda: host.server(model)
 
     async def again() -> None:
         await backend.provider.close()
