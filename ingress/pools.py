@@ -23,7 +23,7 @@ class Pools:
     """Follows `pool.status`."""
 
     def __init__(self, bootstrap: str, instance: str) -> None:
-        self._reader = LogReader(bootstrap, f"{instance}-pools")
+        self._reader = LogReader(bootstrap, f"{instance}-pools", max_wait_ms=1000)
         self._known: dict[str, tuple[float, PoolStatus]] = {}
 
     async def run(self) -> None:

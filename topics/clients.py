@@ -160,7 +160,8 @@ def make_consumer(bootstrap: str, client_id: str, *, max_wait_ms: int = 1000) ->
 class LogReader:
     """Reads topics from chosen positions, without a group: for tails, warm-ups, look-ups and rebuilds."""
 
-    def __init__(self, bootstrap: str, client_id: str, *, max_wait_ms: int = 1000) -> None:
+    def __init__(self, bootstrap: str, client_id: str, *, max_wait_ms: int = 100) -> None:
+        """`max_wait_ms` is how long an idle fetch stays with the brokers; a new assignment waits for it to return."""
         self.consumer = make_consumer(bootstrap, client_id, max_wait_ms=max_wait_ms)
 
     async def start(self) -> None:
@@ -195,6 +196,10 @@ class LogReader:
         ]
         self.consumer.assign(assignment)
         return assignment
+
+    def release(self) -> None:
+        """Give the assignment up: an idle reader asks the brokers for nothing."""
+        self.consumer.unsubscribe()
 
     async def seek_to_time(self, assignment: Sequence[TopicPartition], since_ms: int) -> None:
         """Position each partition at its first record of `since_ms` (Unix ms) or later; at its end if there is none."""

@@ -34,6 +34,7 @@ class Bodies:
                 record = await asyncio.wait_for(consumer.getone(tp), timeout_s)
             except TimeoutError:
                 raise ProviderError("The request's body could not be read from Kafka in time; send it again.") from None
+            self._reader.release()
             if record.offset != ref.offset or record.value is None:
                 raise ProviderError("The request's body is older than the brokers keep; send it again.")
             return bytes(record.value)

@@ -132,7 +132,7 @@ class Scheduler:
             async with LogReader(self._settings.kafka_bootstrap, "scheduler-takeover") as reader:
                 runner.state.term = await take_term(self._producer, name, self._settings.instance)
                 runner.state.taken_ms = now_ms()
-                live = await read_live(reader, runner.partition)
+                live = await read_live(reader, [runner.partition])
                 mine = [request for request in live.requests if request.pool == name]
                 routed = await read_routed(reader, mine)
             self._finished |= dict.fromkeys(live.finished, now_ms())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -23,7 +24,7 @@ _routed = msgspec.json.Decoder(Routed)
 
 @dataclass(slots=True)
 class LiveSet:
-    """What `scheduler.live` holds of one partition."""
+    """What `scheduler.live` holds of some partitions."""
 
     requests: list[LiveRequest] = field(default_factory=list)
     """Requests without a tombstone."""
@@ -38,10 +39,10 @@ async def take_term(producer: Producer, pool: str, instance: str) -> int:
     return int(written.offset)
 
 
-async def read_live(reader: LogReader, partition: int) -> LiveSet:
-    """Read a partition of `scheduler.live` whole."""
+async def read_live(reader: LogReader, partitions: Iterable[int]) -> LiveSet:
+    """Read partitions of `scheduler.live` whole."""
     last: dict[str, LiveRequest | None] = {}
-    assignment = reader.assign([LIVE], [partition])
+    assignment = reader.assign([LIVE], partitions)
     await reader.consumer.seek_to_beginning(*assignment)
     async for record in reader.read_to_end(assignment):
         if record.key is not None:
@@ -75,10 +76,8 @@ async def read_routed(reader: LogReader, live: list[LiveRequest]) -> dict[str, R
 async def oldest_live_ms(bootstrap: str) -> int | None:
     """When the oldest request without a terminal was accepted (Unix ms), over all pools; None when there is none."""
     async with LogReader(bootstrap, "scheduler-oldest") as reader:
-        live = [
-            request for partition in range(LIVE.partitions) for request in (await read_live(reader, partition)).requests
-        ]
-    return min((request.accepted_ms for request in live), default=None)
+        live = await read_live(reader, range(LIVE.partitions))
+    return min((request.accepted_ms for request in live.requests), default=None)
 
 
 def forgotten(live: LiveRequest) -> Terminal:

@@ -12,11 +12,12 @@ import signal
 import sys
 import tempfile
 from collections import deque
+from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
 import msgspec
-import psutil  # type: ignore[import-untyped]
+import psutil
 import structlog
 
 from headrace.errors import ProviderError
@@ -26,6 +27,7 @@ from processors.generation.providers.pool import Pool
 
 log = structlog.get_logger(__name__)
 
+PREFIX = "headrace-llama-"
 TAIL_LINES = 12
 LINE_LIMIT = 400
 LOAD_TIMEOUT_S = 600.0
@@ -56,7 +58,8 @@ class LlamaServer:
 
         Raises `ProviderError` with the end of its log when it cannot load the model.
         """
-        directory = tempfile.mkdtemp(prefix="headrace-llama-")
+        remove_orphans(Path(tempfile.gettempdir()))
+        directory = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
         launch = msgspec.structs.replace(launch, api_key=secrets.token_hex(16), directory=directory, parent=os.getpid())
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -169,6 +172,14 @@ class LlamaServer:
                 return
             if text := complaint(line.decode("utf-8", "replace")):
                 self._tail.append(text)
+
+
+def remove_orphans(temporary: Path) -> None:
+    """Remove the socket directories of workers that were killed, and so could not do it themselves."""
+    for directory in temporary.glob(f"{PREFIX}*"):
+        owner = directory.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def complaint(line: str) -> str:
