@@ -11,6 +11,7 @@ import typer
 from headrace import __version__
 
 _GROUPS: dict[str, tuple[str, ...]] = {
+    "demo": ("demo",),
     "run": ("run",),
     "up": ("up", "doctor"),
     "control": ("apply", "models", "providers", "apps", "keys"),

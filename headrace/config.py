@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +18,20 @@ from schemas import control
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
 DEFAULT_APP = "default"
 _MAX_NAME = 128
-_SECRET_OPTION = re.compile(r"(^|_)(key|token|secret|password)$", re.IGNORECASE)
+_REMOTE_OPTIONS: dict[str, type] = {"idle_timeout_s": float, "connect_timeout_s": float}
+OPTIONS: dict[str, dict[str, type]] = {
+    "llama_cpp": {
+        "model_dir": str,
+        "threads": int,
+        "gpu_layers": int,
+        "batch_tokens": int,
+        "chat_template": str,
+        "embeddings": str,
+    },
+    "ollama": _REMOTE_OPTIONS,
+    "openai": _REMOTE_OPTIONS,
+}
+"""Options of each kind of provider; the workers' providers have the same ones."""
 
 
 class ConfigError(Exception):
@@ -59,7 +73,7 @@ class ProviderConfig(_Strict):
 
     name: Name
     kind: Literal["llama_cpp", "ollama", "openai"]
-    base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] | None = None
+    base_url: Annotated[str, Field(pattern=r"^(https?://[^\s/]+|unix:///)")] | None = None
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     options: dict[str, bool | int | float | str] = {}
 
@@ -69,9 +83,10 @@ class ProviderConfig(_Strict):
             raise ValueError('base_url: a provider of kind "openai" needs one, e.g. "http://127.0.0.1:9000/v1"')
         if self.kind == "llama_cpp" and self.base_url is not None:
             raise ValueError('base_url: a provider of kind "llama_cpp" starts its own servers and takes none')
-        for option in self.options:
-            if _SECRET_OPTION.search(option):
-                raise ValueError(f"options.{option}: no secrets in here, they would stand in Kafka; use api_key_env")
+        if self.base_url is not None and "@" in self.base_url:
+            raise ValueError("base_url: no user or password in here, it would stand in Kafka; use api_key_env")
+        for name, value in self.options.items():
+            _check_option(self.kind, name, value)
         return self
 
     def record(self) -> control.Provider:
@@ -83,6 +98,20 @@ class ProviderConfig(_Strict):
             api_key_env=self.api_key_env,
             options=self.options,
         )
+
+
+def _check_option(kind: str, name: str, value: object) -> None:
+    known = OPTIONS[kind]
+    if name not in known:
+        raise ValueError(f"options.{name}: unknown option of kind {kind}{_meant(name, known)}")
+    wanted = (int, float) if known[name] is float else known[name]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and known[name] is not bool):
+        raise ValueError(f"options.{name}: must be {'a number' if known[name] is not str else 'a text'}, not {value!r}")
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
 class ModelConfig(_Strict):
@@ -202,7 +231,7 @@ def _fault(error: dict[str, Any]) -> tuple[Path_, str]:
             return (*path, *named[1].split(".")), named[2]
         case "string_pattern_mismatch":
             return path, f"{error['input']!r} does not match {error['ctx']['pattern']}"
-    if len(path) > 4 and path[2] == "options":
+    if len(path) > 4 and path[2] == "options":  # The rest names the types that pydantic tried.
         return path[:4], "must be a text, a number or a boolean"
     shown = repr(error["input"])
     return path, f"{message[0].lower()}{message[1:]}" + (f", not {shown}" if len(shown) <= 60 else "")
@@ -219,8 +248,7 @@ _FIELDS: dict[Path_, type[BaseModel]] = {
 def _unknown_field(path: Path_) -> str:
     within = tuple(part for part in path[:-1] if isinstance(part, str))
     known = list(_FIELDS[within].model_fields) if within in _FIELDS else []
-    close = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-    return "unknown field" + (f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}")
+    return f"unknown field{_meant(str(path[-1]), known)}"
 
 
 def _cross_faults(config: Config) -> list[tuple[Path_, str]]:
@@ -241,8 +269,7 @@ def _cross_faults(config: Config) -> list[tuple[Path_, str]]:
             faults.append((("models", index, "id"), f"{model.id!r} is {names[model.id]} already"))
         names.setdefault(model.id, f"the id of models[{index}]")
         if model.provider not in providers:
-            close = difflib.get_close_matches(model.provider, providers, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(providers)}"
+            hint = _meant(model.provider, providers)
             faults.append((("models", index, "provider"), f"no provider named {model.provider!r}{hint}"))
     for index, model in enumerate(config.models):
         for place, alias in enumerate(model.aliases):

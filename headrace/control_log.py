@@ -51,17 +51,24 @@ class Replay:
         if not self._assignment:
             self._assignment = self._reader.assign(self._topics.values())
             await self._reader.consumer.seek_to_beginning(*self._assignment)
+        ends = await self._reader.consumer.end_offsets(self._assignment)
         count = 0
-        async for record in self._reader.read_to_end(self._assignment):
-            held, key = self.records[self._kinds[record.topic]], (record.key or b"").decode()
-            if record.value is not None and self._readable(record):
-                held[key] = record.value
-            else:
-                held.pop(key, None)
-            count += 1
-        for partition in self._assignment:
-            self.offsets[partition.topic] = await self._reader.consumer.position(partition)
+        while not all([await self._reader.consumer.position(at) >= ends[at] for at in self._assignment]):
+            # What came after the ends is taken too, and not only passed over: the positions must be true.
+            for records in (await self._reader.consumer.getmany(timeout_ms=1000)).values():
+                for record in records:
+                    self._take(record)
+                    count += 1
+        for at in self._assignment:
+            self.offsets[at.topic] = await self._reader.consumer.position(at)
         return count
+
+    def _take(self, record: Record) -> None:
+        held, key = self.records[self._kinds[record.topic]], (record.key or b"").decode()
+        if record.value is not None and self._readable(record):
+            held[key] = record.value
+        else:
+            held.pop(key, None)
 
     def _readable(self, record: Record) -> bool:
         """Whether a record is what its topic should carry; one that is not counts as a deletion.

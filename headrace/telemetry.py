@@ -14,6 +14,7 @@ from prometheus_client.samples import Sample
 from redis import asyncio as redis
 from redis.exceptions import RedisError
 
+from headrace.redis_client import connect
 from headrace.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -27,7 +28,7 @@ async def serve_metrics(conf: Settings, role: str) -> None:
     """Push this process's metrics to Redis until cancelled; a Redis that is away is tried again, quietly."""
     if conf.metrics_port is not None:
         start_http_server(conf.metrics_port, addr=conf.host)
-    client: redis.Redis = redis.from_url(conf.redis_url)
+    client = connect(conf.redis_url)
     try:
         while True:
             try:
@@ -68,7 +69,7 @@ async def gather(client: redis.Redis, own: tuple[str, str]) -> bytes:
     for key, value in zip(keys, await client.mget(keys) if keys else [], strict=True):
         role, _, instance = str(key, "utf-8").removeprefix(PREFIX).partition(":")
         if value is not None and (role, instance) != own:
-            texts[role, instance] = value.decode()
+            texts[role, instance] = value.decode() if isinstance(value, bytes) else value
     merged = CollectorRegistry()
     merged.register(_Merged(texts))
     return generate_latest(merged)

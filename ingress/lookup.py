@@ -77,6 +77,7 @@ class Lookup:
                 except BaseException:
                     await reader.stop()
                     raise
+                reader.release()
                 self._idle.append(reader)
         except (KafkaError, TimeoutError) as error:
             raise Unavailable("The request cannot be looked up now (Kafka does not answer in time).") from error

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable
 
 import structlog
-from redis import asyncio as redis
 
+from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from ingress.attachments import Attachments
@@ -26,7 +26,7 @@ class Services:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.redis: redis.Redis = redis.from_url(settings.redis_url, socket_timeout=5, socket_connect_timeout=2)
+        self.redis = connect(settings.redis_url)
         self.registry = Registry(self.redis)
         self.producer = Producer(settings.kafka_bootstrap, settings.instance)
         self.outcomes = Outcomes(self.producer, "ingress", settings.instance)

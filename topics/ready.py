@@ -7,10 +7,12 @@ import contextlib
 from collections.abc import Iterable
 
 import structlog
+from aiokafka import TopicPartition
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
 from topics.catalogue import Topic
+from topics.clients import LogReader
 
 log = structlog.get_logger(__name__)
 
@@ -23,7 +25,7 @@ async def wait_for_topics(bootstrap: str, topics: Iterable[Topic]) -> None:
     wanted = {topic.name: topic.partitions for topic in topics}
     loop = asyncio.get_running_loop()
     say_at = loop.time() + SAY_AFTER_S
-    while waiting := await _missing(bootstrap, wanted):
+    while waiting := await _missing(bootstrap, wanted) or await _leaderless(bootstrap, wanted):
         if loop.time() >= say_at:
             log.warning("waiting_for_kafka", bootstrap=bootstrap, missing=waiting, hint="run `headrace topics apply`")
             say_at = loop.time() + SAY_AFTER_S
@@ -44,6 +46,17 @@ async def _missing(bootstrap: str, wanted: dict[str, int]) -> list[str]:
         await client.close()
     led = {name: len(cluster.available_partitions_for_topic(name) or ()) for name in wanted}
     return sorted(name for name, partitions in wanted.items() if led[name] < partitions)
+
+
+async def _leaderless(bootstrap: str, wanted: dict[str, int]) -> list[str]:
+    """A started broker is named as leader before it acts as one; asking it for the ends of the logs tells."""
+    partitions = [TopicPartition(name, number) for name, count in wanted.items() for number in range(count)]
+    try:
+        async with LogReader(bootstrap, "headrace-ready") as reader, asyncio.timeout(SAY_AFTER_S):
+            await reader.consumer.end_offsets(partitions)
+    except (KafkaError, OSError, TimeoutError) as error:
+        return [f"leaders that act ({error!r})"]
+    return []
 
 
 async def _listens(bootstrap: str) -> bool:

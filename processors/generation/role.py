@@ -8,9 +8,9 @@ import contextlib
 import msgspec
 import structlog
 import uuid_utils
-from redis import asyncio as redis
 
 from headrace.errors import Unavailable
+from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.generation.bodies import Bodies
@@ -81,7 +81,7 @@ class Role:
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life: on a wish to stop it takes no more work, lets running answers end, then leaves."""
-    client: redis.Redis = redis.from_url(settings.redis_url)
+    client = connect(settings.redis_url)
     registry = Registry(client)
     async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
         await registry.start()

@@ -7,9 +7,9 @@ from collections.abc import Awaitable
 
 import msgspec
 import structlog
-from redis import asyncio as redis
 
 from headrace.errors import Unavailable
+from headrace.redis_client import connect
 from headrace.registry import Registry, Snapshot
 from headrace.settings import Settings
 from processors.router.route import Unreadable, route, unreadable_terminal
@@ -83,7 +83,7 @@ class Router:
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life."""
-    client: redis.Redis = redis.from_url(settings.redis_url)
+    client = connect(settings.redis_url)
     registry = Registry(client)
     async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
         await registry.start()

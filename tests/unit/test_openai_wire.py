@@ -44,7 +44,12 @@ STREAM = b"".join(
 
 def read(*chunks: bytes, choices: int = 1) -> list[Piece]:
     stream = ChatStream("provider 'p'", choices)
-    return [piece for chunk in chunks for piece in stream.feed(chunk)]
+    pieces = []
+    for chunk in chunks:
+        pieces += stream.feed(chunk)
+        if stream.failure is not None:
+            raise stream.failure
+    return pieces
 
 
 def test_a_whole_stream_gives_text_tools_finish_and_usage() -> None:
@@ -132,6 +137,12 @@ def test_what_is_no_chat_stream_is_an_error(chunk: bytes, text: str) -> None:
         read(chunk)
 
 
+def test_what_came_before_a_fault_in_the_same_chunk_is_given_out() -> None:
+    stream = ChatStream("p")
+    assert stream.feed(event({"content": "a"}) + b"data: {broken\n\n") == [Text(0, "a")]
+    assert isinstance(stream.failure, ProviderError)
+
+
 def test_a_line_without_end_is_bounded() -> None:
     events = EventStream(limit=1000)
     with pytest.raises(GarbageError, match="longer than 1000 bytes"):
@@ -167,6 +178,8 @@ def test_any_bytes_give_pieces_or_a_provider_error(chunks: list[bytes], start: i
     try:
         for chunk in (STREAM[:start], *chunks):
             stream.feed(chunk)
+            if stream.failure is not None:
+                raise stream.failure
     except HeadraceError as error:
         assert error.status in (400, 502)
 

@@ -1,0 +1,114 @@
+"""Callers that do not give up: they read numbered streams through kills, resume, and say what they saw in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+import httpx
+
+from bench.gateway.spec import Spec
+from tests.support.chat import Api, Seen, body, fresh
+from tests.support.stacks import Stack
+
+TOKENS = 60
+INTERVAL_MS = 50.0
+PATIENCE_S = 60.0
+RAMP_S = 1.0
+
+
+@dataclass
+class Outcome:
+    """What one caller saw, over all its connections."""
+
+    spec: Spec
+    request_id: str = ""
+    tokens: list[int] = field(default_factory=list)
+    done: bool = False
+    error: str | None = None
+    """Code of the error event that ended the stream."""
+    resumed: int = 0
+    repeated: int = 0
+    """Times the request was sent again because no answer had begun."""
+
+    @property
+    def expected(self) -> list[int]:
+        return list(range(self.spec.seq, self.spec.seq + self.spec.tokens))
+
+
+class Caller:
+    """One caller with an Idempotency-Key: repeats what did not begin, resumes what broke, at whichever ingress answers."""
+
+    def __init__(self, apis: list[Api], number: int) -> None:
+        self._apis = apis
+        self._turn = number
+        self.outcome = Outcome(Spec(tokens=TOKENS, interval_ms=INTERVAL_MS, seq=number * 1_000, id=fresh("fault")))
+
+    async def run(self) -> Outcome:
+        """Read to the end. Raises `TimeoutError` after `PATIENCE_S`."""
+        headers = {"idempotency-key": self.outcome.spec.id, "x-hr-resume": "60"}
+        completion_id, last_id = "", None
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                api = self._apis[self._turn % len(self._apis)]
+                try:
+                    if completion_id:
+                        self.outcome.resumed += 1
+                        seen = await api.resume(completion_id, last_id)
+                    else:
+                        seen = await api.stream(body(self.outcome.spec), headers)
+                except httpx.TransportError:
+                    seen = Seen(broken=True)
+                if seen.status == 200:
+                    completion_id = seen.completion_id
+                    self.outcome.request_id = seen.request_id
+                    self.outcome.tokens += seen.tokens
+                    last_id = seen.last_id or last_id
+                if self._settled(seen):
+                    return self.outcome
+                self.outcome.repeated += not completion_id
+                self._turn += 1
+                await asyncio.sleep(0.2)
+
+    def _settled(self, seen: Seen) -> bool:
+        if seen.done:
+            self.outcome.done = True
+            return True
+        if seen.error is None or seen.status == 503 or seen.error["code"] == "service_unavailable":
+            return False  # it broke, or we were told to come again
+        self.outcome.error = seen.error["code"]
+        self.outcome.request_id = self.outcome.request_id or seen.headers["x-request-id"]
+        return True
+
+
+class Crowd:
+    """Many callers that begin within a second of each other."""
+
+    def __init__(self, stack: Stack, size: int, chance: random.Random) -> None:
+        self._stack = stack
+        self._size = size
+        self._chance = chance
+        self._tasks: list[asyncio.Task[Outcome]] = []
+
+    async def __aenter__(self) -> Crowd:
+        self._apis = [Api(self._stack, ingress=index) for index in range(len(self._stack.ingress_urls))]
+        base = self._chance.randrange(1_000) * self._size
+        for number in range(self._size):
+            self._tasks.append(asyncio.create_task(self._begin(base + number, RAMP_S * number / self._size)))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for api in self._apis:
+            await api.client.aclose()
+
+    async def _begin(self, number: int, delay_s: float) -> Outcome:
+        await asyncio.sleep(delay_s)
+        return await Caller(self._apis, number).run()
+
+    async def outcomes(self) -> list[Outcome]:
+        """What they saw, once all have ended."""
+        return list(await asyncio.gather(*self._tasks))
