@@ -7,10 +7,15 @@ from typing import TypedDict
 from urllib.parse import unquote, urlsplit
 
 import clickhouse_connect
+from clickhouse_connect.driver import options
 from clickhouse_connect.driver.asyncclient import AsyncClient
 from clickhouse_connect.driver.client import Client
 
 from headrace.settings import Settings
+
+for heavy in ("np", "pd", "pd_time_test", "arrow", "pl"):
+    # The client loads numpy, pandas and more at its first insert, for frames that are never used here: 80 MB and 1 s.
+    setattr(options, heavy, None)
 
 INSERT_SETTINGS: dict[str, int] = {
     # An insert is answered when its parts are written, never when it is only buffered.
