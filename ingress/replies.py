@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 SILENCE_S = 5.0
 """After so much silence a stream is woken, so that it can look for its result elsewhere, or say that it waits."""
 SWEEP_S = 0.5
+WRITE_TIMEOUT_S = 30.0
+"""A caller that takes nothing for this long is cut off."""
 
 
 def own_partition(instance: str) -> int:
@@ -62,13 +64,13 @@ class ReplyReader:
             self._streams.pop(stream.rid, None)
 
     async def sweep(self) -> None:
-        """Wake the streams that nothing came for, for ever."""
+        """Wake the streams that nothing came for, and cut the callers that take nothing, for ever."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(SWEEP_S)
             now = loop.time()
-            for stream in self._open:
-                stream.wake_if_silent(now, SILENCE_S)
+            for stream in list(self._open):
+                stream.look(now, SILENCE_S, WRITE_TIMEOUT_S)
 
     def wake_all(self) -> None:
         """Let every stream look at the state of the process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from topics.frames import Delta, Kind, StreamView
 
@@ -15,7 +16,19 @@ DROP_BYTES = 1024 * 1024
 class Stream:
     """Deltas of one request on their way to one caller. Not thread-safe; all on one loop."""
 
-    __slots__ = ("_loop", "_size", "_waiter", "_waiting_since", "dropped", "moved", "pending", "rid", "view")
+    __slots__ = (
+        "_loop",
+        "_size",
+        "_waiter",
+        "_waiting_since",
+        "abort",
+        "dropped",
+        "moved",
+        "pending",
+        "rid",
+        "view",
+        "writing_since",
+    )
 
     def __init__(self, rid: bytes, view: StreamView | None = None) -> None:
         self.rid = rid
@@ -25,6 +38,10 @@ class Stream:
         """Whether the caller read too slowly; nothing more is buffered."""
         self.moved: str | None = None
         """JSON of `frames.Moved`, when this request's frames are on another partition."""
+        self.writing_since = 0.0
+        """Loop time since when a write to the caller waits; 0 while none does."""
+        self.abort: Callable[[], None] = lambda: None
+        """Cuts the caller's connection."""
         self._size = 0
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
@@ -53,8 +70,14 @@ class Stream:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def wake_if_silent(self, now: float, silence_s: float) -> None:
-        """Let `take` return when it has waited for `silence_s`; a sweep costs less than a timer for each token."""
+    def look(self, now: float, silence_s: float, write_timeout_s: float) -> None:
+        """Let `take` return when it has waited for `silence_s`; cut a caller that a write waits for too long.
+
+        One sweep over all streams costs less than timers for each token.
+        """
+        if self.writing_since and (self.dropped or now - self.writing_since > write_timeout_s):
+            self.dropped = True
+            self.abort()
         if self._waiter is not None and now - self._waiting_since >= silence_s:
             self.wake()
 

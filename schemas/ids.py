@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import uuid_utils
 
-_PUBLIC = re.compile(r"^chatcmpl-([0-9a-f]{32})([0-9a-f]{4})([0-9a-f]{12})$")
-_HEX = re.compile(r"^[0-9a-f]{32}$")
+_PUBLIC = re.compile(r"chatcmpl-([0-9a-f]{32})([0-9a-f]{4})([0-9a-f]{12})")
+_HEX = re.compile(r"[0-9a-f]{32}")
 
 
 class PublicId(NamedTuple):
@@ -30,7 +30,7 @@ class PublicId(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> PublicId | None:
         """The parts of a public id, or None when `text` is not one."""
-        found = _PUBLIC.match(text)
+        found = _PUBLIC.fullmatch(text)
         if found is None:
             return None
         return cls(found[1], int(found[2], 16), int(found[3], 16))
@@ -60,7 +60,7 @@ def normalise_request_id(text: str) -> str | None:
     if public is not None:
         return public.request_id
     bare = text.replace("-", "").lower()
-    return bare if _HEX.match(bare) else None
+    return bare if _HEX.fullmatch(bare) else None
 
 
 def created_ms(request_id: str) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -230,6 +231,8 @@ class ChatAnswer(Response):
         if self._after is not None and self._after[1] > 0:
             renderer.opened(set(range(self._choices)))
         direct: Send = scope.get(DIRECT_SEND, send)
+        self._stream.abort = _abort_of(direct)
+        clock = asyncio.get_running_loop().time
         begun = False
         silence = tokens = 0
         first_status_at = self._began + self._services.settings.first_status_timeout
@@ -261,7 +264,9 @@ class ChatAnswer(Response):
             if not begun:
                 begun = await self._begin(send)
                 metrics.TTFT.observe(time.monotonic() - self._began)
+            self._stream.writing_since = clock()
             await direct({"type": "http.response.body", "body": bytes(events), "more_body": self._terminal is None})
+            self._stream.writing_since = 0.0
             if self._terminal is not None:
                 metrics.TOKENS_OUT.inc(tokens)
                 return
@@ -299,6 +304,13 @@ class ChatAnswer(Response):
 
     def _observe(self, terminal: Terminal) -> None:
         metrics.REQUEST_SECONDS.labels(status=terminal.status.value).observe(time.monotonic() - self._began)
+
+
+def _abort_of(send: Send) -> Callable[[], None]:
+    """How to cut the connection under the server's `send`: ASGI cannot, and a full socket never closes itself."""
+    cycle = getattr(send, "__self__", None)  # uvicorn's RequestResponseCycle
+    abort: Callable[[], None] | None = getattr(getattr(cycle, "transport", None), "abort", None)
+    return abort if abort is not None else lambda: None
 
 
 def _asks_log(silence: int) -> bool:

@@ -67,8 +67,8 @@ def _explain(error: ValidationError) -> HeadraceError:
     problem = max(
         meant,
         key=lambda found: (
-            _path(found["loc"]).count("[") + len(_path(found["loc"]).split(".")),
-            found["type"] != "string_type",
+            len(_path(found["loc"]).replace("[", ".").split(".")),
+            not (found["type"] == "string_type" and isinstance(found["input"], list)),
         ),
     )
     path = _path(problem["loc"])
