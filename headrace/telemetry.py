@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 import structlog
-from prometheus_client import CollectorRegistry, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest, start_http_server
 from prometheus_client.core import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -16,6 +16,8 @@ from redis.exceptions import RedisError
 
 from headrace.redis_client import connect
 from headrace.settings import Settings
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 log = structlog.get_logger(__name__)
 

@@ -19,6 +19,8 @@ log = structlog.get_logger(__name__)
 
 PREFIX = "hr:attached:"
 REFRESH_S = 5.0
+ORIGIN = "origin"
+"""Member of the list that stands for the publisher's own caller."""
 EXPIRY_S = 12.0
 """An attachment that its ingress did not refresh for this long is gone with that ingress."""
 
@@ -34,14 +36,29 @@ class Attachments:
         self._leaving: dict[str, asyncio.Task[None]] = {}
         self._refresher: asyncio.Task[None] | None = None
 
-    async def attach(self, request_id: str) -> None:
-        """A caller is attached to a request that others may attach to."""
+    async def attach(self, request_id: str, *, origin_listed: bool) -> None:
+        """A caller is attached to a request that others may attach to.
+
+        A publisher's own caller is not listed when nobody is expected to come; the first one who comes lists it.
+        """
         self._local[request_id] = self._local.get(request_id, 0) + 1
         if (leaving := self._leaving.pop(request_id, None)) is not None:
             leaving.cancel()
         if self._refresher is None:
             self._refresher = asyncio.create_task(self._refresh())
         await self._tell(request_id)
+        if not origin_listed:
+            await self._list_origin(request_id, float("inf"), only_new=True)
+
+    async def origin_left(self, request_id: str) -> None:
+        """The publisher's own caller, which was not listed from the start, left before the end."""
+        await self._list_origin(request_id, 0, only_new=False)
+
+    async def _list_origin(self, request_id: str, until: float, *, only_new: bool) -> None:
+        try:
+            await self._redis.zadd(PREFIX + request_id, {ORIGIN: until}, nx=only_new, xx=not only_new)
+        except (RedisError, OSError) as error:
+            log.warning("attachment_not_told", request_id=request_id, error=repr(error))
 
     async def detach(self, request_id: str) -> None:
         """A caller went, whether its answer was complete or not."""

@@ -11,6 +11,8 @@ MERGE_BYTES = 64 * 1024
 """With more than this waiting, neighbouring text deltas are joined."""
 DROP_BYTES = 1024 * 1024
 """With more than this waiting after joining, the caller is dropped; it may resume."""
+OVERHEAD_BYTES = 64
+"""What a waiting delta costs beside its data."""
 
 
 class Stream:
@@ -18,6 +20,7 @@ class Stream:
 
     __slots__ = (
         "_loop",
+        "_merge_at",
         "_size",
         "_waiter",
         "_waiting_since",
@@ -43,6 +46,7 @@ class Stream:
         self.abort: Callable[[], None] = lambda: None
         """Cuts the caller's connection."""
         self._size = 0
+        self._merge_at = MERGE_BYTES
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
         self._loop = asyncio.get_running_loop()
@@ -56,14 +60,19 @@ class Stream:
         if self.dropped or not self.view.accept(delta):
             return
         self.pending.append(delta)
-        self._size += len(delta.data)
-        if self._size > MERGE_BYTES and delta.kind != Kind.TERMINAL:
-            self.pending = merged(self.pending)
-            self._size = sum(len(kept.data) + 64 for kept in self.pending)
-            if self._size > DROP_BYTES:
-                self.dropped = True
-                self.pending = []
+        self._size += len(delta.data) + OVERHEAD_BYTES
+        if self._size > self._merge_at and delta.kind != Kind.TERMINAL:
+            self._merge()
         self.wake()
+
+    def _merge(self) -> None:
+        self.pending = merged(self.pending)
+        self._size = sum(len(kept.data) + OVERHEAD_BYTES for kept in self.pending)
+        # Twice as much before the next time, so that joining costs no more than what is joined.
+        self._merge_at = min(max(MERGE_BYTES, 2 * self._size), DROP_BYTES)
+        if self._size > DROP_BYTES:
+            self.dropped = True
+            self.pending = []
 
     def wake(self) -> None:
         """Let `take` return."""
@@ -92,6 +101,7 @@ class Stream:
                 self._waiter = None
         taken, self.pending = self.pending, []
         self._size = 0
+        self._merge_at = MERGE_BYTES
         return taken
 
 

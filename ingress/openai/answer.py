@@ -45,6 +45,8 @@ class Ticket:
     resume_s: int
     first: bool
     """Whether this caller's request is published; otherwise it attaches to one that was."""
+    listed: bool
+    """Whether the publisher's own caller is listed in Redis from the start: others are expected to attach."""
 
 
 class ChatAnswer(Response):
@@ -119,11 +121,11 @@ class ChatAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer the caller."""
         request_id = self._ticket.public.request_id
-        shared = not self._ticket.first or self._ticket.resume_s > 0
+        shared = not self._ticket.first or self._ticket.listed
         if not self._ticket.first:
             await self._join()
         if shared:
-            await self._services.attachments.attach(request_id)
+            await self._services.attachments.attach(request_id, origin_listed=self._ticket.listed)
         watcher = asyncio.create_task(self._watch(receive))
         self._services.replies.opened(self._stream)
         try:
@@ -137,6 +139,8 @@ class ChatAnswer(Response):
             self.detach()
             if shared:
                 await self._services.attachments.detach(request_id)
+            elif self._terminal is None:
+                await self._services.attachments.origin_left(request_id)
             if self._terminal is None:
                 self._leave()
 

@@ -108,13 +108,14 @@ async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> T
     partition = services.replies.partition
     now = time.time_ns() // 1_000_000
     if wanted.idempotency_key is None:
-        return Ticket(PublicId(new_request_id(), partition, now), digest, wanted.resume_s, first=True)
+        public = PublicId(new_request_id(), partition, now)
+        return Ticket(public, digest, wanted.resume_s, first=True, listed=wanted.resume_s > 0)
     request_id = idempotent_request_id(key.app, wanted.idempotency_key)
     held = await services.reservations.reserve(key.app, request_id, digest, partition)
     if held is None:
-        return Ticket(PublicId(request_id, partition, now), digest, wanted.resume_s, first=True)
+        return Ticket(PublicId(request_id, partition, now), digest, wanted.resume_s, first=True, listed=True)
     public = PublicId(request_id, held.reply_partition, held.created_ms)
-    return Ticket(public, digest, wanted.resume_s, first=False)
+    return Ticket(public, digest, wanted.resume_s, first=False, listed=True)
 
 
 async def _publish(

@@ -35,7 +35,8 @@ async def resume(request: Request, completion_id: str, starting_after: str | Non
     body = parse(asked.body)
     if not body.stream:
         raise InvalidRequest("This completion was not streamed; send its Idempotency-Key again to get its answer.")
-    ticket = Ticket(public, asked.envelope.digest, asked.envelope.resume_s, first=False)
+    listed = asked.envelope.resume_s > 0 or asked.envelope.idempotency_key is not None
+    ticket = Ticket(public, asked.envelope.digest, asked.envelope.resume_s, first=False, listed=listed)
     return ChatAnswer(services, key, ticket, body, after=after)
 
 
