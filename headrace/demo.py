@@ -69,8 +69,7 @@ class _Demo:
             drain_seconds=2.0,
         )
         self._console.print(
-            "[bold]Starting[/] Apache Kafka, Valkey, ClickHouse's engine, seven roles and a model "
-            f"in {self._data} …"
+            f"[bold]Starting[/] Apache Kafka, Valkey, ClickHouse's engine, seven roles and a model in {self._data} …"
         )
         if self._console.is_terminal:
             self._status = self._console.status("starting")

@@ -14,6 +14,7 @@ import uvloop
 from pydantic import ValidationError
 
 from headrace import logs
+from headrace.cancellation import end
 from headrace.parent import watch_parent
 from headrace.settings import Settings, settings
 from headrace.telemetry import serve_metrics
@@ -57,12 +58,11 @@ async def _topics_are_there(role: str, conf: Settings, stop: asyncio.Event) -> b
     waiting = asyncio.create_task(wait_for_topics(conf.kafka_bootstrap, topics))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not waiting.done():
-        waiting.cancel()
-        return False
-    waiting.result()
-    return True
+    there = waiting.done()
+    await end(waiting, stopping)
+    if there:
+        waiting.result()
+    return there and not stop.is_set()
 
 
 async def _run(role: str, conf: Settings) -> int:
@@ -84,8 +84,6 @@ async def _run(role: str, conf: Settings) -> int:
         log.error("role_failed", error=repr(error), exc_info=error)
         return 1
     finally:
-        metrics.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await metrics
+        await end(metrics)
     log.info("role_stopped")
     return 0

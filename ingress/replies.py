@@ -14,7 +14,7 @@ from headrace import metrics
 from ingress.streams import Stream
 from topics import frames
 from topics.catalogue import REPLIES
-from topics.clients import LogReader, make_consumer
+from topics.clients import LogReader, close, make_consumer
 
 log = structlog.get_logger(__name__)
 
@@ -96,7 +96,7 @@ class ReplyReader:
                     await asyncio.sleep(0)
         finally:
             self.ready = False
-            await self._consumer.stop()
+            await close("replies", self._consumer.stop())
 
     def _dispatch(self, value: bytes, offset: int) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
@@ -31,6 +31,18 @@ class Record(Protocol):
 
 LATER_S = 0.1
 """How long a record that nobody waits for may be kept for company."""
+
+
+CLOSE_S = 3.0
+
+
+async def close(client: str, closing: Awaitable[None]) -> None:
+    """Await the end of a Kafka client, for `CLOSE_S` at most: it would wait long for brokers that are away."""
+    try:
+        async with asyncio.timeout(CLOSE_S):
+            await closing
+    except TimeoutError:
+        log.warning("client_not_closed_in_order", client=client)
 
 
 class _Later(NamedTuple):
@@ -73,6 +85,9 @@ class Producer:
 
     async def stop(self) -> None:
         """Send what is buffered, then close."""
+        await close("producer", self._finish())
+
+    async def _finish(self) -> None:
         if self._flusher is not None:
             self._flusher.cancel()
             await self._flush_later()
@@ -170,7 +185,7 @@ class LogReader:
 
     async def stop(self) -> None:
         """Close."""
-        await self.consumer.stop()
+        await close("reader", self.consumer.stop())
 
     async def __aenter__(self) -> LogReader:
         try:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from deploy.embedded import java, probes, valkey
+from deploy.embedded import cds, java, probes, valkey
 from deploy.embedded.child import ChildSpec
 from deploy.embedded.kafka import Kafka
 from deploy.embedded.ports import PortBook
@@ -50,10 +50,11 @@ class Infrastructure:
         except java.JavaError as error:
             raise StartFailed(str(error)) from error
         kafka = Kafka(self._data, self._ports["kafka"], self._ports["kafka-controller"])
-        if to_format := kafka.format_spec(runtime, jars):
+        flags = cds.flags(runtime)
+        if to_format := kafka.format_spec(runtime, jars, *flags):
             await self._supervisor.run_once(to_format)
             kafka.formatted()
-        self._supervisor.start(kafka.spec(runtime, jars))
+        self._supervisor.start(kafka.spec(runtime, jars, *flags))
         await self._answers("kafka", partial(probes.kafka_answers, self.kafka_bootstrap))
 
     async def start_valkey(self) -> None:

@@ -115,7 +115,7 @@ class Kafka:
         self._home = data / "kafka"
         self._ports = (port, controller_port)
 
-    def format_spec(self, java: Path, jars: Sequence[Path]) -> ChildSpec | None:
+    def format_spec(self, java: Path, jars: Sequence[Path], *flags: str) -> ChildSpec | None:
         """Write the settings, and say how to format the log directory; None when that was done at an earlier start.
 
         It is formatted beside its place, so that a start that was cut short leaves no half of one.
@@ -127,17 +127,17 @@ class Kafka:
             return None
         shutil.rmtree(self._home / _FRESH_DIR, ignore_errors=True)
         self._write(_FORMAT_SETTINGS, _FRESH_DIR)
-        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        cluster = _cluster_id()
         tool = ("kafka.tools.StorageTool", "format", "-t", cluster, "-c", _FORMAT_SETTINGS)
-        return ChildSpec("kafka-format", (*_command(java, jars), *tool), cwd=self._home)
+        return ChildSpec("kafka-format", (*java_command(java, jars, *flags), *tool), cwd=self._home)
 
     def formatted(self) -> None:
         """Put the freshly formatted directory in its place."""
         (self._home / _FRESH_DIR).rename(self._home / _LOG_DIR)
 
-    def spec(self, java: Path, jars: Sequence[Path]) -> ChildSpec:
-        """How to run the broker."""
-        argv = (*_command(java, jars), "kafka.Kafka", _SETTINGS)
+    def spec(self, java: Path, jars: Sequence[Path], *flags: str) -> ChildSpec:
+        """How to run the broker; `flags` are for the JVM."""
+        argv = (*java_command(java, jars, *flags), "kafka.Kafka", _SETTINGS)
         # glibc keeps a heap for each of 80 threads otherwise.
         return ChildSpec("kafka", argv, env={"MALLOC_ARENA_MAX": "2"}, stop_seconds=20.0, cwd=self._home)
 
@@ -145,6 +145,15 @@ class Kafka:
         (self._home / name).write_text(render_properties(broker_properties(log_dir, *self._ports)))
 
 
-def _command(java: Path, jars: Sequence[Path]) -> tuple[str, ...]:
+def _cluster_id() -> str:
+    """A random id in Kafka's form. None begins with a dash, which the tool would take for an option."""
+    while True:
+        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        if not cluster.startswith("-"):
+            return cluster
+
+
+def java_command(java: Path, jars: Sequence[Path], *flags: str) -> tuple[str, ...]:
+    """The JVM with the settings of a small broker and Kafka's class path; the main class is to follow."""
     classpath = ":".join(str(jar) for jar in jars)
-    return (str(java), *_JVM, "-Dlog4j2.configurationFile=log4j2.properties", "-cp", classpath)
+    return (str(java), *_JVM, *flags, "-Dlog4j2.configurationFile=log4j2.properties", "-cp", classpath)

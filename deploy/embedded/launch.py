@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from deploy.embedded.supervisor import OneShotFailed, Supervisor
 from headrace import __version__
 
 _READY_SECONDS = 180.0
+_TELL_EVERY_SECONDS = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,17 @@ def serve(options: StackOptions, *, ready: Callable[[str], None], report: Callab
             return asyncio.run(_Stack(replace(options, data_dir=data), ready, report).run())
         finally:
             stack.remove(data)
+
+
+async def _all_or_first_error(*work: Coroutine[None, None, None]) -> None:
+    """Run all at once; the first error ends the others and is raised as it is."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Stack:
@@ -103,14 +116,16 @@ class _Stack:
             await self._shut_down()
 
     async def _start(self) -> None:
-        await asyncio.gather(self._start_broker(), self._start_tables(), self._parts.start_valkey())
-        if self._options.replicas:
-            await self._start_roles()
+        """Everything at once: what needs another part waits for it by itself, so that no core idles."""
+        await _all_or_first_error(self._parts.start_kafka(), self._parts.start_clickhouse(), self._start_roles())
         self._endpoints = replace(self._endpoints, ready=True)
         self._record()
         self._announce(self._endpoints.url)
 
     async def _start_roles(self) -> None:
+        await self._parts.start_valkey()
+        if not self._options.replicas:
+            return
         environment = self._environment()
         for role in roles.START_ORDER:
             for index in range(1, self._options.replicas[role] + 1):
@@ -118,28 +133,35 @@ class _Stack:
                 self._supervisor.start(
                     roles.role_spec(role, index, {**environment, **own}, self._options.drain_seconds)
                 )
-        # The control role answers it, so that it runs beside the roles' start.
-        await self._once("apply", ("apply",))
-        await self._wait_ready()
+        await _all_or_first_error(self._prepare(), self._wait_ready())
 
-    async def _start_broker(self) -> None:
-        await self._parts.start_kafka()
-        if self._options.replicas:
-            await self._once("topics-apply", ("topics", "apply"))
-
-    async def _start_tables(self) -> None:
-        await self._parts.start_clickhouse()
-        if self._options.replicas:
-            await self._once("migrate", ("migrate",))
-
-    async def _once(self, name: str, arguments: tuple[str, ...]) -> None:
-        await self._supervisor.run_once(roles.command_spec(name, arguments, self._environment()))
-        self._report(f"{' '.join(arguments)} done")
+    async def _prepare(self) -> None:
+        workers = self._options.replicas["worker"]
+        await self._supervisor.run_once(roles.prepare_spec(self._environment(), workers))
+        self._report("topics, tables and configuration are in force")
 
     async def _wait_ready(self) -> None:
-        for url in self._endpoints.ingress_urls:
-            if not await probes.until(partial(probes.http_answers, f"{url}/health/ready"), _READY_SECONDS, pause=0.1):
-                raise StartFailed(f"{url}/health/ready is not 200 after {_READY_SECONDS:.0f} s: see {self._logs}")
+        telling = asyncio.create_task(self._tell_what_is_missing())
+        try:
+            for url in self._endpoints.ingress_urls:
+                ready = partial(probes.http_answers, f"{url}/health/ready")
+                if not await probes.until(ready, _READY_SECONDS, pause=0.1):
+                    raise StartFailed(f"{url}/health/ready is not 200 after {_READY_SECONDS:.0f} s: see {self._logs}")
+        finally:
+            telling.cancel()
+
+    async def _tell_what_is_missing(self) -> None:
+        """What the first ingress waits for, when the start takes long."""
+        while True:
+            await asyncio.sleep(_TELL_EVERY_SECONDS)
+            body = await probes.http_body(f"{self._endpoints.url}/health/ready")
+            try:
+                waiting: dict[str, str] = json.loads(body)["waiting_for"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            if waiting:
+                reasons = "; ".join(f"{part}: {why}" for part, why in waiting.items())
+                self._report(f"waiting for {reasons} (logs are in {self._logs})")
 
     async def _shut_down(self) -> None:
         for role in roles.STOP_ORDER:

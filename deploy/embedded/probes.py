@@ -55,6 +55,23 @@ async def http_answers(url: str) -> bool:
     return answer.split(b" ", 2)[1:2] == [b"200"]
 
 
+async def http_body(url: str) -> bytes:
+    """The body that a GET of an `http://` URL is answered with, whatever its status; empty without an answer."""
+    parts = urlsplit(url)
+    question = f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.hostname}\r\nConnection: close\r\n\r\n"
+    try:
+        async with asyncio.timeout(_TIMEOUT):
+            reader, writer = await asyncio.open_connection(parts.hostname or "127.0.0.1", parts.port or 80)
+            try:
+                writer.write(question.encode())
+                answer = await reader.read()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return b""
+    return answer.partition(b"\r\n\r\n")[2]
+
+
 async def until(answers: Callable[[], Awaitable[bool]], deadline: float, pause: float = 0.05) -> bool:
     """Ask again and again until the answer is yes; False after `deadline` seconds."""
     try:

@@ -52,6 +52,7 @@ def role_spec(role: str, index: int, environment: Mapping[str, str], drain_secon
     )
 
 
-def command_spec(name: str, arguments: tuple[str, ...], environment: Mapping[str, str]) -> ChildSpec:
-    """A `headrace` command that runs once while the stack starts."""
-    return ChildSpec(name, (*headrace_command(), *arguments), env=environment)
+def prepare_spec(environment: Mapping[str, str], workers: int) -> ChildSpec:
+    """The process that makes topics and tables and puts the configuration into force, once, while a stack starts."""
+    names = tuple(f"w{index}" for index in range(1, workers + 1))
+    return ChildSpec("prepare", (sys.executable, "-m", "deploy.embedded.prepare", *names), env=environment)

@@ -9,6 +9,7 @@ from aiokafka import AIOKafkaProducer
 
 from processors.control.decide import Write
 from topics.catalogue import CONTROL_PRICES, CONTROL_RECORDS, Topic
+from topics.clients import close
 
 TOPICS: Mapping[str, Topic] = CONTROL_RECORDS | {"prices": CONTROL_PRICES}
 """The compacted topic of each kind of record that the control processor writes."""
@@ -37,7 +38,7 @@ class Writer:
 
     async def stop(self) -> None:
         """Close. A transaction that was left open is ended by the next writer."""
-        await self._inner.stop()
+        await close("control", self._inner.stop())
 
     async def write(self, writes: Sequence[Write]) -> list[int]:
         """Write records durably, all or none; their offsets, in order.

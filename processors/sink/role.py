@@ -24,7 +24,7 @@ from clickhouse.rows import TOPICS
 from headrace import metrics
 from headrace.settings import Settings
 from processors.sink.batch import Batch, Limits
-from topics.clients import Producer, Record
+from topics.clients import Producer, Record, close
 from topics.dead_letters import bury
 
 log = structlog.get_logger(__name__)
@@ -95,7 +95,7 @@ class Sink:
                 with contextlib.suppress(Stopped):
                     await self._work()
             finally:
-                await self._consumer.stop()
+                await close("sink", self._consumer.stop())
                 if self._client is not None:
                     await self._client.close()
 

@@ -11,6 +11,7 @@ import httpx
 from bench.gateway.spec import Spec
 from tests.support.chat import Api, Seen, body, fresh
 from tests.support.stacks import Stack
+from tests.support.waiting import until
 
 TOKENS = 60
 INTERVAL_MS = 50.0
@@ -38,7 +39,7 @@ class Outcome:
 
 
 class Caller:
-    """One caller with an Idempotency-Key: repeats what did not begin, resumes what broke, at whichever ingress answers."""
+    """One caller with an Idempotency-Key: repeats what did not begin, resumes what broke, at any ingress."""
 
     def __init__(self, apis: list[Api], number: int) -> None:
         self._apis = apis
@@ -89,13 +90,16 @@ class Crowd:
         self._stack = stack
         self._size = size
         self._chance = chance
+        self._callers: list[Caller] = []
         self._tasks: list[asyncio.Task[Outcome]] = []
 
     async def __aenter__(self) -> Crowd:
         self._apis = [Api(self._stack, ingress=index) for index in range(len(self._stack.ingress_urls))]
         base = self._chance.randrange(1_000) * self._size
         for number in range(self._size):
-            self._tasks.append(asyncio.create_task(self._begin(base + number, RAMP_S * number / self._size)))
+            caller = Caller(self._apis, base + number)
+            self._callers.append(caller)
+            self._tasks.append(asyncio.create_task(_later(caller, RAMP_S * number / self._size)))
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -105,10 +109,24 @@ class Crowd:
         for api in self._apis:
             await api.client.aclose()
 
-    async def _begin(self, number: int, delay_s: float) -> Outcome:
-        await asyncio.sleep(delay_s)
-        return await Caller(self._apis, number).run()
-
     async def outcomes(self) -> list[Outcome]:
         """What they saw, once all have ended."""
         return list(await asyncio.gather(*self._tasks))
+
+    async def first_end(self, within_s: float) -> None:
+        """Wait until one of them has ended."""
+        await until(lambda: any(task.done() for task in self._tasks), "a first caller has its end", within_s)
+
+    async def begun(self) -> list[str]:
+        """Ids of the requests whose answer had begun, once every connection has broken or ended."""
+
+        def broken() -> bool:
+            return all(one.outcome.request_id or one.outcome.repeated for one in self._callers)
+
+        await until(broken, "every connection has broken", 20)
+        return [one.outcome.request_id for one in self._callers if one.outcome.request_id]
+
+
+async def _later(caller: Caller, delay_s: float) -> Outcome:
+    await asyncio.sleep(delay_s)
+    return await caller.run()

@@ -133,6 +133,14 @@ class Api:
 
     async def resume(self, completion_id: str, last_id: str | None = None, *, by_query: bool = False) -> Seen:
         """The rest of a stream after an event."""
+        async with self.follow(completion_id, last_id, by_query=by_query) as reader:
+            return await reader.rest()
+
+    @asynccontextmanager
+    async def follow(
+        self, completion_id: str, last_id: str | None = None, *, by_query: bool = False
+    ) -> AsyncIterator[Reader]:
+        """The rest of a stream, from which the caller may leave."""
         headers, query = dict(self._headers), ""
         if last_id is not None and by_query:
             query = f"?starting_after={last_id}"
@@ -140,7 +148,7 @@ class Api:
             headers["last-event-id"] = last_id
         url = self.url(f"/v1/chat/completions/{completion_id}/stream{query}")
         async with self.client.stream("GET", url, headers=headers) as response:
-            return await Reader(response).rest()
+            yield Reader(response)
 
 
 class Reader:
@@ -156,6 +164,10 @@ class Reader:
         while len(self.seen.tokens) < count:
             self.seen.take(await anext(self._lines))
         return self.seen
+
+    async def close(self) -> None:
+        """Leave."""
+        await self._response.aclose()
 
     async def rest(self) -> Seen:
         """Read to the end, or to where the connection broke."""

@@ -124,7 +124,7 @@ class Process:
         self._popen.wait()
 
     def stop(self) -> int:
-        """Stop in order; returns the exit code. Whatever is left after `STOP_SECONDS` is killed and fails the caller."""
+        """Stop in order; returns the exit code. What is left after `STOP_SECONDS` is killed and fails the caller."""
         if self._popen.poll() is not None:
             return self._popen.returncode
         children = self.tree()

@@ -1,0 +1,63 @@
+# Recipes for people and CI. Everything is installed into .venv; nothing needs to be on PATH.
+
+set positional-arguments
+
+python := ".venv/bin/python"
+headrace := ".venv/bin/headrace"
+
+# List the recipes
+[private]
+default:
+    @"{{just_executable()}}" --justfile "{{justfile()}}" --list --unsorted
+
+# Start the whole stack, send one request through it, and show its way (--keep leaves it running)
+demo *ARGS: setup
+    @{{headrace}} demo "$@"
+
+# Run the whole stack in the foreground, until Ctrl-C
+up *ARGS: setup
+    @{{headrace}} up "$@"
+
+# All tests but `faults` with many moments: real Kafka, Valkey and ClickHouse engine
+test *ARGS: setup
+    @{{python}} -m pytest "$@"
+
+# Tests without I/O
+test-unit *ARGS: setup
+    @{{python}} -m pytest tests/unit "$@"
+
+# Kill each role at 20 random moments under load; results as JSON in tests/results
+faults *ARGS: setup
+    @{{python}} -m pytest tests/faults --moments 20 "$@"
+
+# Everything that can be checked without running it
+lint: setup
+    {{python}} -m ruff check .
+    {{python}} -m ruff format --check .
+    {{python}} -m mypy
+    {{headrace}} topics docs --check
+
+# Put the code into its form
+fmt: setup
+    {{python}} -m ruff check --fix .
+    {{python}} -m ruff format .
+
+# Measure the gateway: latency, throughput, CPU and memory
+bench *ARGS: setup
+    @{{python}} -m bench.gateway run "$@"
+
+# The same work on other gateways, installed from package registries
+bench-peers *ARGS: setup
+    @{{python}} -m bench.gateway peers "$@"
+
+# Install a genuine Ollama with Go (once, 3 minutes) and serve it for its provider's tests, until Ctrl-C
+ollama *ARGS: setup
+    @{{python}} tests/support/ollama_genuine.py "$@"
+
+# Resolve the dependencies of pyproject.toml anew
+lock: setup
+    {{python}} -m uv pip compile pyproject.toml --extra embedded --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url -o requirements.lock
+
+# Install everything into .venv; does nothing when that was done
+setup:
+    @sh deploy/setup.sh

@@ -1,0 +1,50 @@
+"""One stack for all kills, the moments of the kills, and their results as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeStack
+from tests.support.stacks import Stack
+
+RESULTS = Path(__file__).parent.parent / "results" / "faults.json"
+
+Note = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def victim(make_stack: MakeStack) -> Stack:
+    """A stack with two ingresses whose processes are killed."""
+    return make_stack(replicas={"ingress": 2})
+
+
+@pytest.fixture(scope="session")
+def moments(request: pytest.FixtureRequest) -> int:
+    """Kills of each role."""
+    return int(request.config.getoption("--moments"))
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Seed of the moments."""
+    return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture(scope="session")
+def note(seed: int, moments: int) -> Iterator[Note]:
+    """Takes what a kill did; all of them are written when the session ends."""
+    noted: list[dict[str, object]] = []
+
+    def take(**fields: object) -> None:
+        noted.append(fields)
+
+    began = time.time()
+    yield take
+    RESULTS.parent.mkdir(exist_ok=True)
+    summary = {"seed": seed, "moments": moments, "seconds": round(time.time() - began, 1), "kills": noted}
+    RESULTS.write_text(json.dumps(summary, indent=1) + "\n")

@@ -1,0 +1,187 @@
+"""Kafka, Valkey, ClickHouse or a worker go away and come back: 503 meanwhile, nothing lost, none restarted by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+
+import httpx
+import psutil
+import pytest
+
+from bench.gateway.spec import Spec
+from tests.faults.conftest import Note
+from tests.faults.test_kills import accounted, told_exactly
+from tests.support.callers import Crowd
+from tests.support.chat import Api, body, fresh
+from tests.support.stacks import Stack
+from tests.support.waiting import until
+
+CROWD = 20
+
+
+async def answers(api: Api) -> bool:
+    """Whether a chat request is answered now."""
+    try:
+        return (await api.ask(body(Spec(tokens=1, interval_ms=1)))).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def recovered(stack: Stack, within_s: float = 60) -> float:
+    """Wait until both ingresses answer again; returns after how many seconds."""
+    began = time.monotonic()
+    await stack.ready(within_s)
+    for index in range(len(stack.ingress_urls)):
+        async with Api(stack, ingress=index) as api:
+            await until(lambda api=api: answers(api), f"ingress {index} answers", within_s)
+    return round(time.monotonic() - began, 1)
+
+
+@pytest.mark.timeout(300)
+async def test_the_broker_is_away_for_a_while_and_comes_back(victim: Stack, seed: int, note: Note) -> None:
+    await victim.ready()
+    # Paused, not killed: the supervisor would start it again at once. Then killed, with streams on their way.
+    broker = victim.signal("kafka", signal.SIGSTOP)
+    try:
+        async with Api(victim) as api:
+            began = time.monotonic()
+            answer = await api.ask(body(Spec(tokens=3)))
+            assert answer.status_code == 503, answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "service_unavailable"
+            assert time.monotonic() - began < 12
+            assert (await api.get("/v1/models")).status_code == 200
+    finally:
+        victim.signal("kafka", signal.SIGCONT)
+    note(part="kafka paused", recovered_after_s=await recovered(victim), pid=broker)
+
+    async with Crowd(victim, CROWD, random.Random(f"{seed}-kafka")) as crowd:
+        await asyncio.sleep(1.5)
+        await victim.killed("kafka")
+        recovered_s = await recovered(victim)
+        found = await crowd.outcomes()
+    for one in found:
+        told_exactly(one, may_fail=True)
+    await accounted(victim, found, again=True)
+    note(part="kafka killed", recovered_after_s=recovered_s, exact=sum(one.done for one in found), callers=CROWD)
+
+
+@pytest.mark.timeout(200)
+async def test_valkey_is_away_for_a_while_and_comes_back(victim: Stack, seed: int, note: Note) -> None:
+    await victim.ready()
+    async with Crowd(victim, CROWD, random.Random(f"{seed}-valkey")) as crowd, Api(victim) as api:
+        await asyncio.sleep(1.2)
+        victim.signal("valkey", signal.SIGSTOP)
+        try:
+
+            async def refused() -> bool:
+                answer = await api.ask(body(Spec(tokens=1, interval_ms=1)))
+                assert answer.status_code in (200, 503), answer.text
+                return answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+
+            await until(refused, "503 while Valkey is away", 20)
+            assert (await api.client.get(api.url("/health/ready"))).status_code == 503
+        finally:
+            victim.signal("valkey", signal.SIGCONT)
+        await victim.killed("valkey")
+        recovered_s = await recovered(victim)
+        found = await crowd.outcomes()
+    for one in found:
+        told_exactly(one, may_fail=False)
+    await accounted(victim, found)
+    note(part="valkey", recovered_after_s=recovered_s, exact=len(found), callers=CROWD)
+
+
+@pytest.mark.timeout(200)
+async def test_clickhouse_is_away_for_a_while_and_nothing_is_missing(victim: Stack, seed: int, note: Note) -> None:
+    await victim.ready()
+    victim.signal("clickhouse", signal.SIGSTOP)
+    try:
+        async with Crowd(victim, CROWD, random.Random(f"{seed}-clickhouse")) as crowd:
+            found = await crowd.outcomes()
+        assert all(one.done for one in found), "callers do not notice"
+    finally:
+        victim.signal("clickhouse", signal.SIGCONT)
+    await victim.killed("clickhouse")
+    for one in found:
+        told_exactly(one, may_fail=False)
+    await accounted(victim, found)
+    note(part="clickhouse", exact=len(found), callers=CROWD)
+
+
+@pytest.mark.timeout(200)
+async def test_a_worker_that_wakes_up_from_the_dead_says_nothing_more(victim: Stack, seed: int, note: Note) -> None:
+    """Stopped for longer than its heartbeats are waited for, then continued: its frames and terminals are void."""
+    await victim.ready()
+    async with Crowd(victim, CROWD, random.Random(f"{seed}-zombie")) as crowd:
+        await asyncio.sleep(1.2)
+        victim.signal("worker-1", signal.SIGSTOP)
+        try:
+            await crowd.first_end(within_s=30)
+        finally:
+            victim.signal("worker-1", signal.SIGCONT)
+        found = await crowd.outcomes()
+    for one in found:
+        told_exactly(one, may_fail=True)
+    await recovered(victim)
+    await accounted(victim, found, again=True)
+    note(part="zombie worker", exact=sum(one.done for one in found), callers=CROWD)
+
+
+@pytest.mark.timeout(300)
+async def test_the_whole_stack_is_killed_and_started_again(victim: Stack, seed: int, note: Note) -> None:
+    await victim.ready()
+    before = await asyncio.to_thread(victim.ledger)
+    name = fresh("kept")
+    async with Api(victim) as api:
+        kept = await api.stream(body(Spec(tokens=5, interval_ms=1, id=name)), {"idempotency-key": name})
+    async with Crowd(victim, CROWD, random.Random(f"{seed}-stack")) as crowd:
+        await asyncio.sleep(1.5)
+        victim.process.kill()
+        begun = await crowd.begun()
+    victim.start()  # in this thread: the kernel ends a stack with the thread that started it
+    recovered_s = await recovered(victim)
+    async with Api(victim) as api:
+        again = await api.stream(body(Spec(tokens=5, interval_ms=1, id=name)), {"idempotency-key": name})
+        assert again.tokens == kept.tokens == list(range(5))
+        assert (await victim.seen(name)).requests == 1
+        for request_id in begun:
+
+            async def ended(request_id: str = request_id) -> bool:
+                found = (await api.get(f"/v1/requests/{request_id}")).json()
+                return found.get("status") in ("completed", "failed", "cancelled", "expired")
+
+            await until(ended, f"{request_id} has its end", 60)
+
+    async def settled() -> dict[str, object] | None:
+        found = await asyncio.to_thread(victim.ledger)
+        return found if found["in_flight"] == 0 else None
+
+    after = await until(settled, "nothing is in flight", 60)
+    assert after["accepted"] >= before["accepted"] + len(begun)  # type: ignore[operator]
+    note(part="whole stack", recovered_after_s=recovered_s, begun=len(begun))
+
+
+@pytest.mark.timeout(200)
+async def test_roles_stop_in_order_while_the_broker_is_away(victim: Stack, note: Note) -> None:
+    """They would wait for acknowledgements that never come, and be killed."""
+    await victim.ready()
+    names = [name for name in victim.endpoints().children if name not in ("kafka", "valkey", "clickhouse")]
+    assert len(names) == 8
+    victim.signal("kafka", signal.SIGSTOP)
+    try:
+        async with Api(victim) as api:
+            assert (await api.ask(body(Spec(tokens=1)))).status_code == 503, "records wait for the broker"
+        stopping = {name: psutil.Process(victim.signal(name, signal.SIGTERM)) for name in names}
+        began = time.monotonic()
+        for name, process in stopping.items():
+            await until(lambda process=process: not process.is_running(), f"{name} has stopped", 9)
+        note(part="roles stopped without kafka", seconds=round(time.monotonic() - began, 1))
+    finally:
+        victim.signal("kafka", signal.SIGCONT)
+    for name in names:
+        assert f"{name} ended with 0 " in victim.role_logs(), f"{name} did not stop in order"
+    await recovered(victim)
