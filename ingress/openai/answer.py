@@ -130,7 +130,8 @@ class ChatAnswer(Response):
         self._services.replies.opened(self._stream)
         try:
             if self._streamed:
-                await self._send_stream(scope, receive, send)
+                # A task of its own: a token then wakes this one coroutine, not the dozen of the web framework above it.
+                await asyncio.create_task(self._send_stream(scope, receive, send))
             else:
                 await self._send_whole(scope, receive, send)
         finally:
@@ -175,20 +176,21 @@ class ChatAnswer(Response):
             return  # It was told to resume elsewhere; the request runs on.
         self._services.attachments.left(self._ticket.public.request_id, self._tenant, grace)
 
-    async def _next(self, silence: int) -> tuple[list[Delta], int]:
-        """The next deltas. On silence the log is asked; `silence` counts the waits in vain so far."""
-        if self._gone.is_set() or self._services.draining.is_set():
-            return [], silence
-        deltas = await self._stream.take()
+    async def _no_deltas(self, silence: int) -> int:
+        """The stream woke without deltas: because the frames are elsewhere, the process stops, or nothing came.
+
+        On silence the log is asked for the result; `silence` counts the waits in vain so far, and the new count is
+        returned.
+        """
+        if self._gone.is_set() or self._services.draining.is_set() or self._stream.dropped:
+            return silence
         if self._stream.moved is not None:
             moved = msgspec.json.decode(self._stream.moved, type=Moved)
             self._replay(moved.partition, moved.since_ms - 5_000)
-            return [], silence
-        if deltas or self._gone.is_set():
-            return deltas, 0
+            return silence
         if _asks_log(silence) and (found := await self._ask_log()) is not None:
             self._terminal = found
-        return [], silence + 1
+        return silence + 1
 
     async def _ask_log(self) -> Terminal | None:
         public = self._ticket.public
@@ -211,7 +213,8 @@ class ChatAnswer(Response):
             if self._services.draining.is_set():
                 await error_response(self._stopping(), self._ticket.public.request_id)(scope, receive, send)
                 return
-            deltas, silence = await self._next(silence)
+            deltas = await self._stream.take()
+            silence = 0 if deltas else await self._no_deltas(silence)
             for delta in deltas:
                 if delta.kind == Kind.TERMINAL:
                     self._terminal = _terminal.decode(delta.data)
@@ -244,8 +247,12 @@ class ChatAnswer(Response):
             if self._services.draining.is_set() or self._stream.dropped:
                 await self._break_off(scope, receive, send, renderer, begun)
                 return
-            deltas, silence = await self._next(silence)
+            # A result that was there from the start (`_join`) is all in `pending`: nothing more will wake us.
+            deltas = await self._stream.take() if self._terminal is None else self._stream.pending
+            silence = 0 if deltas or self._terminal is not None else await self._no_deltas(silence)
             if not deltas and self._terminal is None:
+                if self._gone.is_set() or self._services.draining.is_set() or self._stream.dropped:
+                    continue
                 if not begun and time.monotonic() < first_status_at:
                     continue
                 if not begun:
