@@ -8,7 +8,7 @@ from bench.gateway.client import Plan
 
 ARRIVALS_PER_SECOND = 100
 """Streams begin at this rate, so that a run of N streams tests N streams and not a burst of N arrivals."""
-WARM_UP = Plan(callers=4, tokens=8, interval_ms=5, rounds=25, seconds=15, ramp_seconds=0.2, timeout_seconds=20)
+WARM_UP = Plan(callers=16, tokens=8, interval_ms=5, rounds=80, seconds=15, ramp_seconds=0.5, timeout_seconds=20)
 
 
 class Scenario(msgspec.Struct, kw_only=True, frozen=True):
