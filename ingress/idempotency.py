@@ -16,6 +16,7 @@ from headrace.errors import IdempotencyConflict, InvalidRequest, Unavailable
 
 PREFIX = "hr:idem:"
 KEPT_S = 86_400
+PENDING, ACCEPTED = "pending", "accepted"
 PENDING_S = 10.0
 """A reservation whose publisher did not confirm it within this time may be published again, under the same id."""
 MAX_KEY_CHARS = 255
@@ -27,7 +28,7 @@ class Reservation(msgspec.Struct):
     digest: str
     reply_partition: int
     created_ms: int
-    state: str = "pending"
+    state: str = PENDING
     """`pending` until the brokers acknowledged the request, then `accepted`."""
 
 
@@ -63,7 +64,7 @@ class Reservations:
                 raise IdempotencyConflict(
                     "This Idempotency-Key was used with another body within the last 24 hours; use a new key."
                 )
-            if found.state == "pending" and now - found.created_ms > PENDING_S * 1000:
+            if found.state == PENDING and now - found.created_ms > PENDING_S * 1000:
                 # Its ingress died before the brokers had it, or just after: the same id makes both cases right.
                 await self._redis.set(name, mine, ex=KEPT_S)
                 return None
@@ -73,7 +74,7 @@ class Reservations:
 
     async def confirm(self, tenant: str, request_id: str, digest: str, reply_partition: int, created_ms: int) -> None:
         """The brokers have it. A failure is harmless: the same id would be published again."""
-        record = msgspec.json.encode(Reservation(digest, reply_partition, created_ms, "accepted"))
+        record = msgspec.json.encode(Reservation(digest, reply_partition, created_ms, ACCEPTED))
         try:
             await self._redis.set(f"{PREFIX}{tenant}:{request_id}", record, ex=KEPT_S)
         except (RedisError, OSError):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from headrace import metrics
 from headrace.errors import InvalidRequest, Unavailable
 from ingress.auth import allowed_model, caller
-from ingress.idempotency import Reservations
+from ingress.idempotency import ACCEPTED, Reservations
 from ingress.openai.answer import ChatAnswer, Ticket
 from ingress.openai.body import check_context, parse, read_body
 from ingress.services import Services
@@ -34,6 +34,7 @@ _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$"
 router = APIRouter()
 
 PRODUCE_TIMEOUT_S = 5.0
+PENDING_POLL_S = 0.05
 MAX_RESUME_S = 3600
 MAX_DEADLINE_S = 1800.0
 DEFAULT_RESUME_S = 30
@@ -89,7 +90,12 @@ async def create(request: Request) -> Response:
         raise Unavailable("This ingress is starting or stopping; try again shortly.")
     ticket = await _ticket(services, key, raw, wanted)
     if ticket.first:
-        services.pools.check(model, wanted.deadline_s)
+        try:
+            services.pools.check(model, wanted.deadline_s)
+        except Unavailable:
+            if wanted.idempotency_key is not None:
+                await services.reservations.release(key.app, ticket.public.request_id)
+            raise
     answer = ChatAnswer(services, key, ticket, body)
     if ticket.first:
         answer.attach()
@@ -106,14 +112,19 @@ async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> T
     """The id of the request: new, or that of the one that an Idempotency-Key names."""
     digest = hashlib.sha256(raw).hexdigest()
     partition = services.replies.partition
-    now = time.time_ns() // 1_000_000
     if wanted.idempotency_key is None:
-        public = PublicId(new_request_id(), partition, now)
+        public = PublicId(new_request_id(), partition, time.time_ns() // 1_000_000)
         return Ticket(public, digest, wanted.resume_s, first=True, listed=wanted.resume_s > 0)
     request_id = idempotent_request_id(key.app, wanted.idempotency_key)
-    held = await services.reservations.reserve(key.app, request_id, digest, partition)
-    if held is None:
-        return Ticket(PublicId(request_id, partition, now), digest, wanted.resume_s, first=True, listed=True)
+    while True:
+        held = await services.reservations.reserve(key.app, request_id, digest, partition)
+        if held is None:
+            public = PublicId(request_id, partition, time.time_ns() // 1_000_000)
+            return Ticket(public, digest, wanted.resume_s, first=True, listed=True)
+        if held.state == ACCEPTED:
+            break
+        # Not published yet, and perhaps never: its ingress may refuse it, or die. Then it is ours.
+        await asyncio.sleep(PENDING_POLL_S)
     public = PublicId(request_id, held.reply_partition, held.created_ms)
     return Ticket(public, digest, wanted.resume_s, first=False, listed=True)
 

@@ -131,6 +131,32 @@ async def test_a_worker_that_wakes_up_from_the_dead_says_nothing_more(victim: St
     note(part="zombie worker", exact=sum(one.done for one in found), callers=CROWD)
 
 
+@pytest.mark.timeout(200)
+async def test_a_key_that_was_refused_is_free_again(victim: Stack) -> None:
+    """A scheduler is silent for 5 s: requests are refused before they are published, and nothing holds their key."""
+    await victim.ready()
+    spec = Spec(tokens=3, interval_ms=1, id=fresh("refused"))
+    headers = {"idempotency-key": spec.id}
+    async with Api(victim) as api:
+        victim.signal("scheduler-1", signal.SIGSTOP)
+        try:
+
+            async def stale() -> bool:
+                return (await api.client.get(api.url("/health/ready"))).status_code == 503
+
+            await until(stale, "the pool is stale", 15)
+            refused = await api.ask(body(spec), headers)
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1, refused.text
+        finally:
+            victim.signal("scheduler-1", signal.SIGCONT)
+        await recovered(victim)
+        began = time.monotonic()
+        seen = await api.stream(body(spec), headers)
+        assert seen.done and seen.tokens == [0, 1, 2]
+        assert time.monotonic() - began < 5
+    assert (await victim.seen(spec.id)).requests == 1
+
+
 @pytest.mark.timeout(300)
 async def test_the_whole_stack_is_killed_and_started_again(victim: Stack, seed: int, note: Note) -> None:
     await victim.ready()

@@ -136,4 +136,6 @@ async def test_a_deadline_ends_what_is_too_slow(api: Api, stack: Stack) -> None:
     assert seen.tokens == list(range(len(seen.tokens))) and seen.tokens
     life = (await api.get(f"/v1/requests/{seen.request_id}")).json()
     assert life["status"] == "expired"
-    assert life["usage"]["completion_tokens"] == (await stack.seen(spec.id)).tokens == len(seen.tokens)
+    assert life["usage"]["completion_tokens"] == len(seen.tokens)
+    # The last token may be on its way from the upstream when the connection is closed.
+    assert 0 <= (await stack.seen(spec.id)).tokens - len(seen.tokens) <= 2

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import time
 import uuid
 from collections.abc import AsyncIterator
 
 import httpx
+import msgspec
 import pytest
 from redis import asyncio as redis
 
 from bench.gateway.spec import Spec
 from headrace.control_client import command, control_client
+from ingress.idempotency import PENDING_S, PREFIX, Reservation
 from schemas.control import App, Key
+from schemas.ids import idempotent_request_id
 from tests.support.chat import Api, body, numbers
 from tests.support.kafka import end_offsets, records
 from tests.support.stacks import Stack
@@ -180,6 +185,22 @@ async def test_when_redis_forgot_everything_a_repeat_is_still_one_generation(
     assert first.request_id == again.request_id
     assert (await stack.seen(name)).requests == 1
     await one_usage(stack, first.request_id)
+
+
+async def test_a_key_whose_ingress_died_before_it_published_is_taken_over(stack: Stack, api: Api) -> None:
+    name, spec = named(tokens=3, interval_ms=1)
+    asked = body(spec)
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    request_id = idempotent_request_id("default", name)
+    died = Reservation(digest, 0, time.time_ns() // 1_000_000 - int(PENDING_S * 1000) + 2_000)
+    async with redis.from_url(stack.settings.redis_url) as client:
+        await client.set(f"{PREFIX}default:{request_id}", msgspec.json.encode(died))
+    began = time.monotonic()
+    answer = await api.ask(asked, {"idempotency-key": name})
+    assert answer.status_code == 200, answer.text
+    assert numbers(answer.text) == [0, 1, 2]
+    assert 1.5 < time.monotonic() - began < 8
+    assert (await stack.seen(name)).requests == 1
 
 
 async def test_a_record_that_is_published_twice_is_one_generation(stack: Stack, api: Api) -> None:

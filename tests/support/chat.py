@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from bench.gateway.spec import Spec
-from tests.support.stacks import Stack
+from tests.support.stacks import NO_TLS, Stack
 
 TIMEOUT = httpx.Timeout(60.0)
 _TOKEN = re.compile(r"t(\d+)@")
@@ -95,7 +95,7 @@ class Api:
         self._stack = stack
         self._headers = {"authorization": f"Bearer {key or stack.key}"}
         self._ingress = ingress
-        self.client = httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=None))
+        self.client = httpx.AsyncClient(timeout=TIMEOUT, limits=httpx.Limits(max_connections=None), verify=NO_TLS)
 
     async def __aenter__(self) -> Api:
         return self

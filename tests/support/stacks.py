@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,12 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import httpx
+import msgspec
 import psutil
 
 from bench.gateway.stack import upstream
-from bench.gateway.tally import Entry, Try
+from bench.gateway.tally import Entry, Stats
 from deploy.embedded.ports import is_free
 from deploy.embedded.stack import Endpoints, discover
+from headrace import sql
 from headrace.parent import die_with_parent
 from headrace.settings import Settings
 from tests.support.waiting import until
@@ -27,6 +30,8 @@ from tests.support.waiting import until
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
 START_SECONDS = 150.0
 STOP_SECONDS = 60.0
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""Everything here is plain HTTP; loading the trusted certificates for each client would take longer than the call."""
 
 CONFIG = """\
 [[providers]]
@@ -208,7 +213,7 @@ class Stack:
 
     async def ready(self, within_s: float = 60.0) -> None:
         """Wait until every ingress says that it is ready."""
-        async with httpx.AsyncClient(timeout=5) as client:
+        async with httpx.AsyncClient(timeout=5, verify=NO_TLS) as client:
             for url in self.ingress_urls:
 
                 async def answers(url: str = url) -> bool:
@@ -237,19 +242,21 @@ class Stack:
 
     def rows(self, query: str) -> list[dict[str, object]]:
         """The rows of an SQL query."""
-        ran = self.run("sql", query, "--format", "json")
-        assert ran.returncode == 0, ran.stdout + ran.stderr
-        found: list[dict[str, object]] = json.loads(ran.stdout)
-        return found
+        answer = sql.run(self.settings, query, {})
+        return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
 
     async def seen(self, name: str) -> Entry:
         """What the upstream saw of requests that carried `id=name`; an empty entry when none came."""
-        async with httpx.AsyncClient(timeout=10) as client:
-            answer = await client.get(f"{self.upstream.removesuffix('/v1')}/stats", params={"id": name})
-        found = answer.json()["ids"].get(name)
-        if found is None:
-            return Entry()
-        return Entry(**{**found, "tries": [Try(**one) for one in found["tries"]]})
+        return (await self._stats({"id": name})).get(name, Entry())
+
+    async def all_seen(self) -> dict[str, Entry]:
+        """What the upstream saw, by id."""
+        return await self._stats({})
+
+    async def _stats(self, query: dict[str, str]) -> dict[str, Entry]:
+        async with httpx.AsyncClient(timeout=10, verify=NO_TLS) as client:
+            answer = await client.get(f"{self.upstream.removesuffix('/v1')}/stats", params=query)
+        return msgspec.json.decode(answer.content, type=Stats).ids
 
 
 def _clean_environment() -> dict[str, str]:
