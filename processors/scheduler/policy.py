@@ -6,9 +6,31 @@ and gives a request to the worker with the most free slots. The interface is wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import assert_never
 
+from processors.scheduler.messages import (
+    Action,
+    Arrived,
+    Assign,
+    AttemptEmpty,
+    CancelAsked,
+    CancelRunning,
+    End,
+    Enqueued,
+    Event,
+    Finished,
+    Grant,
+    LeaseGranted,
+    LeaseMoved,
+    Load,
+    ModelsChanged,
+    Recover,
+    Restored,
+    SendTerm,
+    Tick,
+    Unload,
+    WorkerSeen,
+)
 from processors.scheduler.state import Lease, Pool, Request, Running, Worker
 from schemas.control import Model
 from schemas.events import Status, WorkerStatus
@@ -23,154 +45,6 @@ MAX_QUEUE = 10_000
 """Requests that may wait for one model; more are shed."""
 MAX_ATTEMPTS = 3
 """Workers that may die under one request before it fails."""
-
-
-# --- events -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """A request that was assigned before this scheduler took the pool."""
-
-    running: Running
-
-
-@dataclass(frozen=True, slots=True)
-class CancelAsked:
-    request_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The log holds the request's terminal."""
-
-    request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptEmpty:
-    """A lost attempt had sent nothing: attempt `attempt` is opened in the log and may be assigned."""
-
-    request_id: str
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSeen:
-    status: WorkerStatus
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseGranted:
-    worker: str
-    model: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelsChanged:
-    models: dict[str, Model]
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    pass
-
-
-Event = Arrived | Restored | CancelAsked | Finished | AttemptEmpty | WorkerSeen | LeaseGranted | ModelsChanged | Tick
-
-
-# --- actions ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SendTerm:
-    worker: str
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Append a granted lease; its offset comes back as `LeaseGranted`."""
-
-    worker: str
-    boot: str
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    worker: str
-    boot: str
-    model: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unload:
-    worker: str
-    boot: str
-    model: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseMoved:
-    """A lease changed its state; to be published."""
-
-    worker: str
-    boot: str
-    model: str
-    epoch: int
-    state: str
-    bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Enqueued:
-    request: Request
-
-
-@dataclass(frozen=True, slots=True)
-class Assign:
-    request: Request
-    worker: str
-    boot: str
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class CancelRunning:
-    request_id: str
-    worker: str
-    reason: str
-    status: Status
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """End a request that waits: `status` with `code` of an error class (`cancelled` for a caller's wish)."""
-
-    request: Request
-    status: Status
-    code: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recover:
-    """The worker of a running request is lost: open the next attempt, then see what it had sent."""
-
-    running: Running
-    may_retry: bool
-
-
-Action = SendTerm | Grant | Load | Unload | LeaseMoved | Enqueued | Assign | CancelRunning | End | Recover
 
 
 def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:

@@ -13,7 +13,7 @@ from aiokafka import TopicPartition
 
 from headrace import metrics
 from headrace.errors import WorkerLost
-from processors.scheduler.policy import Recover
+from processors.scheduler.messages import Recover
 from processors.scheduler.tails import Tails
 from schemas.events import NOTHING, AttemptOpened, ErrorInfo, Routed, Stage, Status, Terminal, Timings, Usage
 from topics import frames, request_log

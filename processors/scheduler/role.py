@@ -14,7 +14,7 @@ from headrace.errors import Unavailable
 from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
-from processors.scheduler import policy
+from processors.scheduler import messages, policy
 from processors.scheduler.runner import Held, PoolRunner, pool_partition
 from processors.scheduler.state import Running
 from processors.scheduler.tails import Tails
@@ -152,14 +152,14 @@ class Scheduler:
                 )
             for status in list(self._heartbeats.values()):
                 if status.pool == name and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
-                    await runner.feed(policy.WorkerSeen(status))
+                    await runner.feed(messages.WorkerSeen(status))
             log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
             return runner
 
     async def _restore(self, runner: PoolRunner, assigned: bool, routed: Routed, offset: int, running: Running) -> None:
         if assigned:
             runner.held[routed.request_id] = Held(routed, offset)
-            await runner.feed(policy.Restored(running))
+            await runner.feed(messages.Restored(running))
         else:
             await asyncio.gather(*await runner.arrive(routed, offset))
 
@@ -175,13 +175,13 @@ class Scheduler:
         if wish.request_id in self._finished or now_ms() - wish.at_ms > MAX_AGE_MS:
             return
         for runner in list(self._pools.values()):
-            await runner.feed(policy.CancelAsked(wish.request_id, wish.reason))
+            await runner.feed(messages.CancelAsked(wish.request_id, wish.reason))
 
     async def _on_heartbeat(self, status: WorkerStatus) -> None:
         self._heartbeats[status.worker] = status
         runner = self._pools.get(status.pool)
         if runner is not None and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
-            await runner.feed(policy.WorkerSeen(status))
+            await runner.feed(messages.WorkerSeen(status))
 
     async def _on_term(self, pool: str, term: int) -> None:
         runner = self._pools.get(pool)
@@ -203,7 +203,7 @@ class Scheduler:
         while True:
             await asyncio.sleep(TICK_S)
             for runner in list(self._pools.values()):
-                await runner.feed(policy.Tick())
+                await runner.feed(messages.Tick())
             with contextlib.suppress(Unavailable):
                 if (version := self._registry.snapshot.version) != self._seen_version:
                     await self._registry_changed()

@@ -12,8 +12,8 @@ from aiokafka.partitioner import murmur2
 
 from headrace import metrics
 from headrace.settings import Settings
-from processors.scheduler import policy
-from processors.scheduler.policy import Action, Event
+from processors.scheduler import messages, policy
+from processors.scheduler.messages import Action, Event
 from processors.scheduler.recovery import Recovery
 from processors.scheduler.state import Pool, Request
 from processors.scheduler.tails import Tails
@@ -96,14 +96,14 @@ class PoolRunner:
         """Take a routed request; the awaitables resolve when its place is durable."""
         self.held[routed.request_id] = Held(routed, offset)
         request = Request(routed.request_id, routed.tenant, routed.model, now_ms(), routed.deadline_ms)
-        return await self.post(policy.Arrived(request))
+        return await self.post(messages.Arrived(request))
 
     async def finished(self, request_id: str) -> bool:
         """The log holds a terminal: drop the request and tombstone its record. False when it is not this pool's."""
         if self.held.pop(request_id, None) is None:
             return False
         self.bury_live(request_id)
-        await self.feed(policy.Finished(request_id))
+        await self.feed(messages.Finished(request_id))
         return True
 
     def bury_live(self, request_id: str) -> None:
@@ -132,30 +132,30 @@ class PoolRunner:
 
     async def _carry_out(self, actions: Iterable[Action]) -> list[Awaitable[object]]:
         waits: list[Awaitable[object]] = []
-        lost: list[policy.Recover] = []
+        lost: list[messages.Recover] = []
         for action in actions:
             match action:
-                case policy.Assign(request, worker, boot, epoch):
+                case messages.Assign(request, worker, boot, epoch):
                     waits += await self._assign(request, worker, boot, epoch)
-                case policy.Enqueued(request):
+                case messages.Enqueued(request):
                     waits.append(await self._post_live(request))
                     self._outcomes.event(request.id, request.tenant, Stage.QUEUED, attempt=request.attempt)
-                case policy.End(request, status, code, message):
+                case messages.End(request, status, code, message):
                     waits.append(self._end(self.held[request.id].routed, request, status, code, message))
-                case policy.CancelRunning(request_id, worker, reason, status):
+                case messages.CancelRunning(request_id, worker, reason, status):
                     command = CancelCommand(self.state.term, request_id, reason, status)
                     waits.append(await self._command(worker, command))
-                case policy.Recover():
+                case messages.Recover():
                     lost.append(action)
-                case policy.Grant(worker, boot, model):
+                case messages.Grant(worker, boot, model):
                     self.spawn(self._grant(worker, boot, model))
-                case policy.Load(worker, boot, model, epoch):
+                case messages.Load(worker, boot, model, epoch):
                     waits += await self._load(worker, boot, model, epoch)
-                case policy.Unload(worker, boot, model, epoch):
+                case messages.Unload(worker, boot, model, epoch):
                     waits.append(await self._command(worker, UnloadCommand(self.state.term, boot, epoch, model)))
-                case policy.LeaseMoved(worker, boot, model, epoch, state, size):
+                case messages.LeaseMoved(worker, boot, model, epoch, state, size):
                     waits.append(await self._lease(worker, boot, model, state, epoch=epoch, size=size))
-                case policy.SendTerm(worker):
+                case messages.SendTerm(worker):
                     waits.append(await self._command(worker, TermCommand(self.state.term, self.name)))
         if lost:
             self.spawn(self._recover(lost))
@@ -213,7 +213,7 @@ class PoolRunner:
         )
         key = f"{granted.lease_id}/{granted.term}"
         written = await self._producer.send(LEASES.name, msgspec.json.encode(granted), key=key)
-        await self.feed(policy.LeaseGranted(worker, model, written.offset))
+        await self.feed(messages.LeaseGranted(worker, model, written.offset))
 
     async def _load(self, worker: str, boot: str, model_id: str, epoch: int) -> list[Awaitable[object]]:
         model = self.state.models[model_id]
@@ -232,17 +232,17 @@ class PoolRunner:
         )  # fmt: skip
         return await self._producer.post(LEASES.name, msgspec.json.encode(event), key=f"{event.lease_id}/{event.term}")
 
-    async def _recover(self, lost: list[policy.Recover]) -> None:
+    async def _recover(self, lost: list[messages.Recover]) -> None:
         pairs = [(action, self.held[action.running.request.id].routed) for action in lost]
         for request_id, attempt in await self._recovery.settle(pairs):
-            await self.feed(policy.AttemptEmpty(request_id, attempt))
+            await self.feed(messages.AttemptEmpty(request_id, attempt))
 
     # --- telling others ---------------------------------------------------------------------------------------
 
     async def models_changed(self, models: dict[str, Model], providers: dict[str, Provider]) -> None:
         """Follow the registry."""
         self.providers = providers
-        await self.feed(policy.ModelsChanged(models))
+        await self.feed(messages.ModelsChanged(models))
 
     async def publish_status(self) -> None:
         """Tell the ingresses how the pool stands."""

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from processors.scheduler import policy
-from processors.scheduler.policy import Action, Event, step
+from processors.scheduler import messages, policy
+from processors.scheduler.messages import Action, Event
+from processors.scheduler.policy import step
 from processors.scheduler.state import Pool, Request
 from schemas.control import Model
 from schemas.events import Resident, RunningAttempt, Status, WorkerStatus
@@ -45,8 +46,8 @@ class World(RuleBasedStateMachine):
         self.epoch = 100
         self.asked: dict[str, Request] = {}
         self.ended: dict[str, Status] = {}
-        self.grants: list[policy.Grant] = []
-        self.recoveries: list[policy.Recover] = []
+        self.grants: list[messages.Grant] = []
+        self.recoveries: list[messages.Recover] = []
         self.attempts: dict[str, int] = {}
 
     # --- the world --------------------------------------------------------------------------------------------
@@ -57,29 +58,29 @@ class World(RuleBasedStateMachine):
 
     def do(self, action: Action) -> None:
         match action:
-            case policy.SendTerm(worker):
+            case messages.SendTerm(worker):
                 self.machines[worker].term = TERM
-            case policy.Grant():
+            case messages.Grant():
                 self.grants.append(action)
-            case policy.Load(worker, boot, model, epoch):
+            case messages.Load(worker, boot, model, epoch):
                 machine = self.machines[worker]
                 if boot == str(machine.boot) and machine.alive:
                     machine.resident[model] = (epoch, "loading")
-            case policy.Unload(worker, _, model, _):
+            case messages.Unload(worker, _, model, _):
                 self.machines[worker].resident.pop(model, None)
-            case policy.Assign(request, worker, boot, epoch):
+            case messages.Assign(request, worker, boot, epoch):
                 self.assigned(request, worker, boot, epoch)
-            case policy.CancelRunning(request_id, worker, _, status):
+            case messages.CancelRunning(request_id, worker, _, status):
                 for attempt in [key for key in self.machines[worker].running if key[0] == request_id]:
                     del self.machines[worker].running[attempt]
                     self.finish(request_id, attempt[1], status)
-            case policy.End(request, status, _, _):
+            case messages.End(request, status, _, _):
                 assert request.id not in self.ended, "a request ends once"
                 self.finish(request.id, request.attempt, status)
-            case policy.Recover(running):
+            case messages.Recover(running):
                 assert running.request.id not in self.ended
                 self.recoveries.append(action)
-            case policy.Enqueued() | policy.LeaseMoved():
+            case messages.Enqueued() | messages.LeaseMoved():
                 pass
 
     def assigned(self, request: Request, worker: str, boot: str, epoch: int) -> None:
@@ -106,7 +107,7 @@ class World(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.later: list[str] = []
-        self.tell(policy.ModelsChanged(dict(MODELS)))
+        self.tell(messages.ModelsChanged(dict(MODELS)))
 
     # --- what happens -----------------------------------------------------------------------------------------
 
@@ -114,12 +115,12 @@ class World(RuleBasedStateMachine):
     def arrive(self, model: str, patience: int) -> None:
         request = Request(f"r{len(self.asked)}", "t", model, self.now, self.now + patience)
         self.asked[request.id] = request
-        self.tell(policy.Arrived(request))
+        self.tell(messages.Arrived(request))
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         known = st.sampled_from(sorted(self.asked)) if self.asked else st.just("early")
-        self.tell(policy.CancelAsked(data.draw(known), "left"))
+        self.tell(messages.CancelAsked(data.draw(known), "left"))
 
     @rule(name=st.sampled_from(WORKERS))
     def boot(self, name: str) -> None:
@@ -139,7 +140,7 @@ class World(RuleBasedStateMachine):
         resident = [Resident(model, epoch, state) for model, (epoch, state) in machine.resident.items()]
         running = [RunningAttempt(key[0], key[1], epoch) for key, (_, epoch) in machine.running.items()]
         self.tell(
-            policy.WorkerSeen(
+            messages.WorkerSeen(
                 WorkerStatus(
                     name, str(machine.boot), "default", machine.term, self.now,
                     providers=["p"], resident=resident, running=running, stopping=stopping,
@@ -152,7 +153,7 @@ class World(RuleBasedStateMachine):
     def grant(self) -> None:
         granted = self.grants.pop(0)
         self.epoch += 1
-        self.tell(policy.LeaseGranted(granted.worker, granted.model, self.epoch))
+        self.tell(messages.LeaseGranted(granted.worker, granted.model, self.epoch))
 
     @rule(name=st.sampled_from(WORKERS), state=st.sampled_from(["active", "active", "failed"]))
     def loaded(self, name: str, state: str) -> None:
@@ -171,7 +172,7 @@ class World(RuleBasedStateMachine):
     @precondition(lambda self: self.later)
     @rule()
     def log_is_read(self) -> None:
-        self.tell(policy.Finished(self.later.pop(0)))
+        self.tell(messages.Finished(self.later.pop(0)))
 
     @precondition(lambda self: self.recoveries)
     @rule(empty=st.booleans())
@@ -182,14 +183,14 @@ class World(RuleBasedStateMachine):
             return
         self.attempts[request.id] = max(self.attempts.get(request.id, 1), request.attempt)
         if empty and lost.may_retry:
-            self.tell(policy.AttemptEmpty(request.id, request.attempt + 1))
+            self.tell(messages.AttemptEmpty(request.id, request.attempt + 1))
         else:
             self.finish(request.id, request.attempt + 1, Status.FAILED)
 
     @rule(ms=st.sampled_from([50, 500, 3_000, 7_000]))
     def time_passes(self, ms: int) -> None:
         self.now += ms
-        self.tell(policy.Tick())
+        self.tell(messages.Tick())
 
     # --- what always holds ------------------------------------------------------------------------------------
 
@@ -242,11 +243,11 @@ def ready(models: dict[str, Model]) -> Pool:
     """A pool with one worker that holds each model."""
     pool = Pool(term=TERM, models=dict(models))
     status = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"])
-    for action in step(pool, policy.WorkerSeen(status), 0):
-        assert isinstance(action, policy.Grant)
-        step(pool, policy.LeaseGranted(action.worker, action.model, 5), 0)
+    for action in step(pool, messages.WorkerSeen(status), 0):
+        assert isinstance(action, messages.Grant)
+        step(pool, messages.LeaseGranted(action.worker, action.model, 5), 0)
     status.resident = [Resident(model, 5, "active") for model in models]
-    step(pool, policy.WorkerSeen(status), 0)
+    step(pool, messages.WorkerSeen(status), 0)
     return pool
 
 
@@ -254,33 +255,33 @@ def test_first_come_first_served() -> None:
     pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
     begun = []
     for number in range(4):
-        actions = step(pool, policy.Arrived(Request(f"r{number}", "t", "one", 0, 9_999)), 0)
-        begun += [action.request.id for action in actions if isinstance(action, policy.Assign)]
+        actions = step(pool, messages.Arrived(Request(f"r{number}", "t", "one", 0, 9_999)), 0)
+        begun += [action.request.id for action in actions if isinstance(action, messages.Assign)]
     for _ in range(4):
-        actions = step(pool, policy.Finished(begun[-1]), 0)
-        begun += [action.request.id for action in actions if isinstance(action, policy.Assign)]
+        actions = step(pool, messages.Finished(begun[-1]), 0)
+        begun += [action.request.id for action in actions if isinstance(action, messages.Assign)]
     assert begun == ["r0", "r1", "r2", "r3"]
 
 
 def test_nothing_is_given_to_a_worker_that_does_not_show_our_term() -> None:
     pool = Pool(term=TERM, models=dict(MODELS))
     old = WorkerStatus("w1", "b1", "default", TERM - 1, 0, providers=["p"], resident=[Resident("two", 3, "active")])
-    assert step(pool, policy.WorkerSeen(old), 0) == [policy.SendTerm("w1")]
-    assert step(pool, policy.Arrived(Request("r", "t", "two", 0, 9_999)), 0) == [
-        policy.Enqueued(pool.queue("two")["r"])
+    assert step(pool, messages.WorkerSeen(old), 0) == [messages.SendTerm("w1")]
+    assert step(pool, messages.Arrived(Request("r", "t", "two", 0, 9_999)), 0) == [
+        messages.Enqueued(pool.queue("two")["r"])
     ]
 
 
 def test_a_cancellation_that_overtakes_its_request_ends_it() -> None:
     pool = ready({"one": Model("one", "p", "t")})
-    assert step(pool, policy.CancelAsked("r", "left"), 0) == []
-    [end] = step(pool, policy.Arrived(Request("r", "t", "one", 0, 9_999)), 1)
-    assert isinstance(end, policy.End) and end.status is Status.CANCELLED
+    assert step(pool, messages.CancelAsked("r", "left"), 0) == []
+    [end] = step(pool, messages.Arrived(Request("r", "t", "one", 0, 9_999)), 1)
+    assert isinstance(end, messages.End) and end.status is Status.CANCELLED
 
 
 def test_a_full_queue_sheds() -> None:
     pool = Pool(term=TERM, models=dict(MODELS))
     for number in range(policy.MAX_QUEUE):
-        step(pool, policy.Arrived(Request(f"r{number}", "t", "two", 0, 9_999)), 0)
-    [end] = step(pool, policy.Arrived(Request("over", "t", "two", 0, 9_999)), 0)
-    assert isinstance(end, policy.End) and (end.status, end.code) == (Status.REJECTED, "service_unavailable")
+        step(pool, messages.Arrived(Request(f"r{number}", "t", "two", 0, 9_999)), 0)
+    [end] = step(pool, messages.Arrived(Request("over", "t", "two", 0, 9_999)), 0)
+    assert isinstance(end, messages.End) and (end.status, end.code) == (Status.REJECTED, "service_unavailable")

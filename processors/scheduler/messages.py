@@ -1,0 +1,156 @@
+"""What the scheduling policy is told, and what it wants done: plain data between the policy and the agent around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from processors.scheduler.state import Request, Running
+from schemas.control import Model
+from schemas.events import Status, WorkerStatus
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A request that was assigned before this scheduler took the pool."""
+
+    running: Running
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The log holds the request's terminal."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptEmpty:
+    """A lost attempt had sent nothing: attempt `attempt` is opened in the log and may be assigned."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSeen:
+    status: WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted:
+    worker: str
+    model: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsChanged:
+    models: dict[str, Model]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = Arrived | Restored | CancelAsked | Finished | AttemptEmpty | WorkerSeen | LeaseGranted | ModelsChanged | Tick
+
+
+# --- actions ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendTerm:
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Append a granted lease; its offset comes back as `LeaseGranted`."""
+
+    worker: str
+    boot: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    worker: str
+    boot: str
+    model: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    worker: str
+    boot: str
+    model: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseMoved:
+    """A lease changed its state; to be published."""
+
+    worker: str
+    boot: str
+    model: str
+    epoch: int
+    state: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueued:
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    request: Request
+    worker: str
+    boot: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRunning:
+    request_id: str
+    worker: str
+    reason: str
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End a request that waits: `status` with `code` of an error class (`cancelled` for a caller's wish)."""
+
+    request: Request
+    status: Status
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """The worker of a running request is lost: open the next attempt, then see what it had sent."""
+
+    running: Running
+    may_retry: bool
+
+
+Action = SendTerm | Grant | Load | Unload | LeaseMoved | Enqueued | Assign | CancelRunning | End | Recover
