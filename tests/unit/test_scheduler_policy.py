@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from processors.scheduler import messages, policy
-from processors.scheduler.messages import Action, Event
-from processors.scheduler.policy import step
+from processors.scheduler.policy import Action, Event, step
 from processors.scheduler.state import Pool, Request
 from schemas.control import Model
 from schemas.events import Resident, RunningAttempt, Status, WorkerStatus
@@ -108,6 +107,7 @@ class World(RuleBasedStateMachine):
     def begin(self) -> None:
         self.later: list[str] = []
         self.tell(messages.ModelsChanged(dict(MODELS)))
+        self.healthy("w1")
 
     # --- what happens -----------------------------------------------------------------------------------------
 
@@ -125,6 +125,22 @@ class World(RuleBasedStateMachine):
     @rule(name=st.sampled_from(WORKERS))
     def boot(self, name: str) -> None:
         self.machines[name] = Machine(self.machines[name].boot + 1, alive=True)
+
+    @rule(name=st.sampled_from(WORKERS))
+    def healthy(self, name: str) -> None:
+        """All that it takes until a worker serves; otherwise few runs would come this far."""
+        if not self.machines[name].alive:
+            self.boot(name)
+        for _ in range(4):
+            self.heartbeat(name, stopping=False)
+            while self.grants:
+                self.grant()
+            self.loaded(name, "active")
+
+    @rule(count=st.integers(2, 6), model=st.sampled_from(sorted(MODELS)))
+    def rush(self, count: int, model: str) -> None:
+        for _ in range(count):
+            self.arrive(model, 60_000)
 
     @rule(name=st.sampled_from(WORKERS))
     def die(self, name: str) -> None:
@@ -220,13 +236,8 @@ class World(RuleBasedStateMachine):
             if set(self.asked) <= set(self.ended):
                 break
             for name in WORKERS:
-                if not self.machines[name].alive:
-                    self.boot(name)
-                self.loaded(name, "active")
-                self.heartbeat(name, stopping=False)
+                self.healthy(name)
                 self.complete(name)
-            while self.grants:
-                self.grant()
             while self.recoveries:
                 self.recover(empty=True)
             while self.later:
@@ -235,7 +246,7 @@ class World(RuleBasedStateMachine):
         assert set(self.asked) <= set(self.ended), sorted(set(self.asked) - set(self.ended))
 
 
-World.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+World.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestPolicy = World.TestCase
 
 
