@@ -47,7 +47,10 @@ class World(RuleBasedStateMachine):
         self.ended: dict[str, Status] = {}
         self.grants: list[messages.Grant] = []
         self.recoveries: list[messages.Recover] = []
-        self.attempts: dict[str, int] = {}
+        self.given: dict[str, int] = {}
+        """Highest attempt that was assigned."""
+        self.opened: dict[str, int] = {}
+        """Highest attempt that the log holds an opening of."""
 
     # --- the world --------------------------------------------------------------------------------------------
 
@@ -76,8 +79,7 @@ class World(RuleBasedStateMachine):
             case messages.End(request, status, _, _):
                 assert request.id not in self.ended, "a request ends once"
                 self.finish(request.id, request.attempt, status)
-            case messages.Recover(running):
-                assert running.request.id not in self.ended
+            case messages.Recover():
                 self.recoveries.append(action)
             case messages.Enqueued() | messages.LeaseMoved():
                 pass
@@ -89,16 +91,16 @@ class World(RuleBasedStateMachine):
         assert not known.status.stopping
         lease = self.pool.leases[worker, request.model]
         assert lease.epoch == epoch and lease.state == "active"
-        assert request.attempt > self.attempts.get(request.id, 0), "each assignment is an attempt of its own"
-        self.attempts[request.id] = request.attempt
+        assert request.attempt > self.given.get(request.id, 0), "each assignment is an attempt of its own"
+        assert request.attempt == self.opened.get(request.id, 1), "an attempt is opened before it is assigned"
+        self.given[request.id] = request.attempt
         machine = self.machines[worker]
         if machine.alive and str(machine.boot) == boot:
             machine.running[request.id, request.attempt] = (request.model, epoch)
 
     def finish(self, request_id: str, attempt: int, status: Status) -> None:
         """The log takes a terminal, if it is the one that decides."""
-        lost = any(one.running.request.id == request_id for one in self.recoveries)
-        if request_id in self.ended or lost or attempt < self.attempts.get(request_id, 1):
+        if request_id in self.ended or attempt < self.opened.get(request_id, 1):
             return
         self.ended[request_id] = status
         self.later.append(request_id)
@@ -195,9 +197,9 @@ class World(RuleBasedStateMachine):
     def recover(self, empty: bool) -> None:
         lost = self.recoveries.pop(0)
         request = lost.running.request
+        self.opened[request.id] = request.attempt + 1
         if request.id in self.ended:
-            return
-        self.attempts[request.id] = max(self.attempts.get(request.id, 1), request.attempt)
+            return  # read in the log, past the opening
         if empty and lost.may_retry:
             self.tell(messages.AttemptEmpty(request.id, request.attempt + 1))
         else:
