@@ -298,3 +298,14 @@ def test_a_full_queue_sheds() -> None:
         step(pool, messages.Arrived(Request(f"r{number}", "t", "two", 0, 9_999)), 0)
     [end] = step(pool, messages.Arrived(Request("over", "t", "two", 0, 9_999)), 0)
     assert isinstance(end, messages.End) and (end.status, end.code) == (Status.REJECTED, "service_unavailable")
+
+
+def test_a_deadline_ends_what_waits_and_what_runs() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    for name in ("runs", "waits"):
+        step(pool, messages.Arrived(Request(name, "t", "one", 0, 500)), 0)
+    assert step(pool, messages.Tick(), 500) == []
+    waits, runs = step(pool, messages.Tick(), 501)
+    assert isinstance(waits, messages.End) and (waits.request.id, waits.status) == ("waits", Status.EXPIRED)
+    assert isinstance(runs, messages.CancelRunning) and (runs.request_id, runs.status) == ("runs", Status.EXPIRED)
+    assert step(pool, messages.Tick(), 502) == [], "each is told once"
