@@ -13,7 +13,7 @@ from clickhouse_connect.driver.client import Client
 
 from headrace.settings import Settings
 
-for heavy in ("np", "pd", "pd_time_test", "arrow", "pl"):
+for heavy in ("np", "pd", "pd_time_test"):
     # The client loads numpy, pandas and more at its first insert, for frames that are never used here: 80 MB and 1 s.
     setattr(options, heavy, None)
 
