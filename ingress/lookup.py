@@ -12,7 +12,6 @@ import msgspec
 import structlog
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
-from aiokafka.partitioner import murmur2
 
 from headrace.errors import Unavailable
 from headrace.settings import Settings
@@ -42,11 +41,6 @@ class Asked(NamedTuple):
     accepted_ms: int
     """Unix ms at which the brokers took it."""
     body: bytes
-
-
-def partition_of(topic: Topic, request_id: str) -> int:
-    """The partition that a topic keyed by request id keeps a request on."""
-    return int(murmur2(request_id.encode()) & 0x7FFFFFFF) % topic.partitions
 
 
 class Lookup:
@@ -83,7 +77,7 @@ class Lookup:
             raise Unavailable("The request cannot be looked up now (Kafka does not answer in time).") from error
 
     async def _records(self, reader: LogReader, topic: Topic, request_id: str, since_ms: int) -> AsyncIterator[Record]:
-        partition = partition_of(topic, request_id)
+        partition = topic.partition_of(request_id)
         tp = TopicPartition(topic.name, partition)
         reader.assign([topic], [partition])
         await reader.seek_to_time([tp], since_ms - CLOCK_SLACK_MS)

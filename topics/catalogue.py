@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from aiokafka.partitioner import murmur2
+
 from schemas import control, events
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
@@ -38,6 +40,10 @@ class Topic:
     append_time: bool = False
     """Whether the broker's clock stamps records (`LogAppendTime`)."""
     extra: dict[str, str] = field(default_factory=dict)
+
+    def partition_of(self, key: str) -> int:
+        """The partition that records with this key are on: Kafka's default partitioner, as our producers use it."""
+        return int(murmur2(key.encode()) & 0x7FFFFFFF) % self.partitions
 
     def config(self) -> dict[str, str]:
         """The topic's configuration on the broker."""

@@ -93,10 +93,6 @@ class Producer:
             await self._flush_later()
         await self._inner.stop()
 
-    async def partitions(self, topic: str) -> int:
-        """Number of partitions of a topic."""
-        return len(await self._inner.partitions_for(topic))
-
     async def send(
         self,
         topic: str,

@@ -15,7 +15,7 @@ from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.scheduler import messages, policy
-from processors.scheduler.runner import Held, PoolRunner, pool_partition
+from processors.scheduler.runner import Held, PoolRunner
 from processors.scheduler.state import Running
 from processors.scheduler.tails import Tails
 from processors.scheduler.takeover import forgotten, oldest_live_ms, read_live, read_routed, restored, take_term
@@ -110,7 +110,7 @@ class Scheduler:
 
     async def _take_known(self) -> None:
         for pool in await self._known_pools():
-            if pool_partition(pool) in self._owned and pool not in self._pools:
+            if ROUTED.partition_of(pool) in self._owned and pool not in self._pools:
                 await self._take(pool)
 
     async def _lose(self, partitions: frozenset[int]) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import msgspec
 import structlog
-from aiokafka.partitioner import murmur2
 
 from headrace import metrics
 from headrace.settings import Settings
@@ -52,11 +51,6 @@ HTTP_STATUS = {
 """HTTP status of the codes with which the policy ends a waiting request; 499 is never sent: its caller has left."""
 
 
-def pool_partition(pool: str) -> int:
-    """The partition of `inference.routed` (and of `scheduler.live`) that a pool's records are on."""
-    return int(murmur2(pool.encode()) & 0x7FFFFFFF) % ROUTED.partitions
-
-
 @dataclass(slots=True)
 class Held:
     """A live request: its routed record, without the body once it was assigned, and where that record stands."""
@@ -70,7 +64,8 @@ class PoolRunner:
 
     def __init__(self, settings: Settings, name: str, producer: Producer, tails: Tails) -> None:
         self.name = name
-        self.partition = pool_partition(name)
+        self.partition = ROUTED.partition_of(name)
+        """Of `inference.routed`, and the same number of `scheduler.live`."""
         self.state = Pool(term=-1)
         self.held: dict[str, Held] = {}
         self.providers: dict[str, Provider] = {}
