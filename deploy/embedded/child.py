@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,6 +18,10 @@ LOG_LIMIT = 10 * 1024 * 1024
 """Bytes of a log before it becomes `NAME.log.1`."""
 
 
+GIVES_WAY = 5
+"""Niceness of parts that no caller waits for."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChildSpec:
     """What to run. `name` is unique in the stack and names the log."""
@@ -28,6 +33,20 @@ class ChildSpec:
     stop_seconds: float = 10.0
     """How long it may take to stop before it is killed."""
     cwd: Path | None = None
+    nice: int = 0
+    """How far it gives way to the others where cores are short, as `nice` counts: 0 not at all, 19 wholly."""
+
+
+def _begin(parent: int, nice: int) -> None:
+    """What a child does between fork and exec."""
+    die_with_parent(parent)
+    if nice:
+        os.nice(nice)
+        # Linux may weigh whole sessions against each other (sched_autogroup); then niceness counts only within one.
+        with contextlib.suppress(OSError):
+            group = os.open("/proc/self/autogroup", os.O_WRONLY)
+            os.write(group, b"%d" % nice)
+            os.close(group)
 
 
 @dataclass(slots=True)
@@ -80,7 +99,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=partial(die_with_parent, os.getpid()),
+                preexec_fn=partial(_begin, os.getpid(), self.spec.nice),
             )
 
     def reap(self) -> int | None:

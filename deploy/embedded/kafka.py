@@ -22,7 +22,6 @@ _JVM = (
     "-Xmn32m",
     "-Xss512k",
     "-XX:+UseSerialGC",
-    "-XX:TieredStopAtLevel=1",
     "-XX:-UsePerfData",
     "-XX:MaxDirectMemorySize=96m",
     "-Djdk.nio.maxCachedBufferSize=262144",

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.embedded.child import ChildSpec
+from deploy.embedded.child import GIVES_WAY, ChildSpec
 
 START_ORDER = ("control", "router", "scheduler", "metering", "sink", "worker", "ingress")
 STOP_ORDER = ("ingress", "worker", "scheduler", "router", "metering", "sink", "control")
@@ -49,6 +49,7 @@ def role_spec(role: str, index: int, environment: Mapping[str, str], drain_secon
         (*headrace_command(), "run", role),
         env={**environment, **own},
         stop_seconds=_SPARE_SECONDS + (drain_seconds if role in _DRAINING else _SPARE_SECONDS),
+        nice=GIVES_WAY if role == "sink" else 0,
     )
 
 

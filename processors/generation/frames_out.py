@@ -17,6 +17,10 @@ log = structlog.get_logger(__name__)
 
 FLUSH_S = 0.010
 """Deltas of streamed answers wait at most this long for company."""
+BUSY_FLUSH_S = 0.020
+"""The same while many arrive: a frame costs the brokers and both sides far more than a delta in it."""
+BUSY_DELTAS_PER_S = 4000
+"""What counts as many, on one partition."""
 COARSE_FLUSH_S = 0.250
 """Deltas of answers that nobody watches arrive are only kept so that they can be metered after a crash."""
 MAX_DELTAS = 4096
@@ -32,6 +36,7 @@ class FrameWriter:
         self._buffers: dict[int, list[frames.Delta]] = {}
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._due: dict[int, float] = {}
+        self._delays: dict[int, float] = {}
         self._last: dict[int, asyncio.Task[None]] = {}
         self._posting = asyncio.Lock()
 
@@ -42,7 +47,7 @@ class FrameWriter:
         if urgent or len(buffer) >= MAX_DELTAS:
             self._flush(partition)
         else:
-            self._arm(partition, COARSE_FLUSH_S if coarse else FLUSH_S)
+            self._arm(partition, COARSE_FLUSH_S if coarse else self._delays.get(partition, FLUSH_S))
 
     def _arm(self, partition: int, delay: float) -> None:
         due = self._loop.time() + delay
@@ -58,6 +63,8 @@ class FrameWriter:
             timer.cancel()
         deltas = self._buffers.pop(partition, None)
         if deltas:
+            many = len(deltas) > BUSY_DELTAS_PER_S * self._delays.get(partition, FLUSH_S)
+            self._delays[partition] = BUSY_FLUSH_S if many else FLUSH_S
             before = self._last.get(partition)
             self._last[partition] = self._loop.create_task(self._write(partition, deltas, before))
 
