@@ -8,7 +8,6 @@ import gc
 import importlib
 import os
 import signal
-import sys
 
 import structlog
 import uvloop
@@ -46,8 +45,6 @@ def run_role(role: str) -> int:
             print(f"{name}: {problem['msg']} (got {problem['input']!r})", flush=True)
         return 2
     logs.configure(conf, role)
-    # Faust's consumer runs a loop in a thread of its own, which follows the policy.
-    asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
     with contextlib.suppress(KeyboardInterrupt):
         return uvloop.run(_run(role, conf))
     return 130
@@ -74,11 +71,11 @@ async def _run(role: str, conf: Settings) -> int:
     watch_parent()
     module = importlib.import_module(ROLES[role])
     metrics = asyncio.create_task(serve_metrics(conf, role))
-    # Modules live for ever, and requests leave few cycles: full collections would only add pauses to streams.
+    # Modules live for ever, and requests leave no circles: full collections would only add pauses to streams, and so
+    # would one of very many young objects.
     gc.freeze()
-    # Faust hands each record from its consumer's thread to ours; at the default a busy thread keeps the lock for 5 ms.
-    sys.setswitchinterval(0.0005)
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(5_000, 100, 100)
+    gc.enable()
     log.info("role_started", pid=os.getpid())
     try:
         if await _topics_are_there(role, conf, stop):

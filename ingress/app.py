@@ -22,7 +22,11 @@ class DirectSend:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on."""
         scope[DIRECT_SEND] = send
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            # The server's `send` knows the scope: a circle that only the garbage collector would undo.
+            del scope[DIRECT_SEND]
 
 
 def make_app(services: Services) -> FastAPI:

@@ -61,7 +61,8 @@ async def not_ready(services: Services) -> dict[str, str]:
             if model.id not in status.servable_models:
                 waiting[f"model {model.id}"] = "no worker serves its provider"
             elif model.preload and model.id not in status.ready_models:
-                waiting[f"model {model.id}"] = "loading"
+                reason = status.failed_models.get(model.id)
+                waiting[f"model {model.id}"] = "loading" if reason is None else f"could not be loaded: {reason}"
     return waiting
 
 

@@ -327,6 +327,8 @@ class PoolStatus(msgspec.Struct, omit_defaults=True):
     """Models that a live worker holds."""
     servable_models: list[str]
     """Models that some live worker could serve."""
+    failed_models: dict[str, str] = {}
+    """Models that no worker could load -> why; they are tried again."""
     queued: int = 0
     running: int = 0
     estimated_wait_ms: int = 0

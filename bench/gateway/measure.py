@@ -12,7 +12,7 @@ import msgspec
 from bench.gateway.client import Plan, Target
 from bench.gateway.figures import Load
 from bench.gateway.scenarios import WARM_UP, Scenario
-from bench.gateway.usage import Meter, Usage
+from bench.gateway.usage import Meter, StolenTime, Usage
 
 KEY_VARIABLE = "HEADRACE_BENCH_KEY"
 ROOT = Path(__file__).parents[2]
@@ -29,6 +29,8 @@ class Measurement(msgspec.Struct, kw_only=True):
     load: Load
     usage: Usage | None = None
     """Of the subject's process tree; None for the direct path."""
+    stolen: float = 0.0
+    """Share of the machine's CPU time that a hypervisor gave to others meanwhile: above 0.01 the figures are its."""
 
     def tokens_per_cpu_second(self) -> float:
         """Tokens that one CPU second of the subject carried; 0 when it has no processes of its own."""
@@ -72,11 +74,10 @@ class Subject(msgspec.Struct, kw_only=True):
 
     def measure(self, scenario: Scenario) -> Measurement:
         """Run a scenario and note what the subject's processes used."""
-        if not self.roots:
-            return Measurement(subject=self.name, scenario=scenario.name, load=self.run(scenario.plan))
-        with Meter(self.roots) as meter:
+        with StolenTime() as stolen, Meter(self.roots) as meter:
             load = self.run(scenario.plan)
-        return Measurement(subject=self.name, scenario=scenario.name, load=load, usage=meter.usage)
+        usage = meter.usage if self.roots else None
+        return Measurement(subject=self.name, scenario=scenario.name, load=load, usage=usage, stolen=stolen.share)
 
 
 def _arguments(target: Target, plan: Plan) -> list[str]:

@@ -94,13 +94,14 @@ def show(report: Report, console: Console) -> None:
 def measurement_table(measurements: Sequence[Measurement]) -> Table:
     """One row a scenario and subject; rows of a scenario stand together."""
     table = Table(
-        title="Gateway: p50 / p99 in ms; wrong tokens: lost/doubled/reordered/foreign; CPU and peak RSS of the subject"
+        title="Gateway: p50 / p99 in ms; wrong tokens: lost/doubled/reordered/foreign; "
+        "CPU and peak RSS of the subject; stolen: CPU time that a hypervisor gave to others"
     )
     table.add_column("scenario", no_wrap=True)
     table.add_column("subject", no_wrap=True)
     for column in ("TTFT", "token delay", "stall-free", "wrong tokens", "errors", "requests/s", "tokens/s"):
         table.add_column(column, justify="right", no_wrap=True)
-    for column in ("CPU ms/req", "tok/CPU-s", "RSS MiB"):
+    for column in ("CPU ms/req", "tok/CPU-s", "RSS MiB", "stolen"):
         table.add_column(column, justify="right", no_wrap=True)
     previous = ""
     for one in sorted(measurements, key=lambda item: _first_seen(measurements, item.scenario)):
@@ -120,6 +121,7 @@ def measurement_table(measurements: Sequence[Measurement]) -> Table:
             f"{one.cpu_ms_per_request():.2f}" if one.usage else "",
             f"{one.tokens_per_cpu_second():,.0f}" if one.usage else "",
             f"{one.usage.rss_peak:,.0f}" if one.usage else "",
+            f"{one.stolen:.1%}",
         )
         previous = one.scenario
     return table

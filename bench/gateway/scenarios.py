@@ -8,7 +8,9 @@ from bench.gateway.client import Plan
 
 ARRIVALS_PER_SECOND = 100
 """Streams begin at this rate, so that a run of N streams tests N streams and not a burst of N arrivals."""
-WARM_UP = Plan(callers=16, tokens=8, interval_ms=5, rounds=80, seconds=15, ramp_seconds=0.5, timeout_seconds=20)
+WARM_UP = Plan(callers=32, tokens=16, interval_ms=5, rounds=10_000, seconds=20, ramp_seconds=0.5, timeout_seconds=20)
+"""What every subject does before it is measured, so that its machine code is compiled: users are served by processes
+that have run for hours."""
 
 
 class Scenario(msgspec.Struct, kw_only=True, frozen=True):

@@ -32,6 +32,27 @@ class Usage(msgspec.Struct, kw_only=True):
     """Sum of proportional sizes at the end, shared pages counted once; None where the system does not tell."""
 
 
+class StolenTime:
+    """How much of all cores' time a hypervisor gave to other machines while a block ran; `share` holds it after."""
+
+    def __enter__(self) -> Self:
+        self.share = 0.0
+        self._began = time.monotonic()
+        self._before = _stolen_seconds()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        capacity = (time.monotonic() - self._began) * (psutil.cpu_count() or 1)
+        self.share = round((_stolen_seconds() - self._before) / capacity, 4) if capacity else 0.0
+
+
+def _stolen_seconds() -> float:
+    """Since the machine's start, over all cores; 0 where the system does not tell."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
+
+
 def role_of(command: Sequence[str]) -> str:
     """A short name for what a command line runs: Headrace's role, the store behind it, or the program's own name."""
     for at, word in enumerate(command):

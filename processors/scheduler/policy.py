@@ -271,7 +271,8 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
     if not queue or model is None:
         return []
     actions: list[Action] = []
-    if (error := _unloadable(pool, model_id)) is not None:
+    if (reason := load_error(pool, model_id)) is not None:
+        error = f"The model {model_id!r} could not be loaded: {reason}"
         actions = [End(request, Status.FAILED, "provider_error", error) for request in queue.values()]
         queue.clear()
         return actions
@@ -284,14 +285,6 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
         pool.running[request_id] = Running(request, lease.worker, lease.boot, lease.epoch)
         actions.append(Assign(request, lease.worker, lease.boot, lease.epoch))
     return actions
-
-
-def _unloadable(pool: Pool, model_id: str) -> str | None:
-    """Why nobody can serve the model now, when every lease on it failed; None while one is active or on its way."""
-    leases = [lease for lease in pool.leases.values() if lease.model == model_id]
-    if not leases or any(lease.state != "failed" for lease in leases):
-        return None
-    return f"The model {model_id!r} could not be loaded: {leases[0].error}"
 
 
 def _best_lease(pool: Pool, model: Model) -> Lease | None:
@@ -329,6 +322,14 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
         if now_ms - since > EARLY_CANCEL_MS:
             del pool.early_cancels[request_id]
     return actions + _serve(pool, now_ms)
+
+
+def load_error(pool: Pool, model_id: str) -> str | None:
+    """Why nobody can serve the model now, when every lease on it failed; None while one is active or on its way."""
+    leases = [lease for lease in pool.leases.values() if lease.model == model_id]
+    if not leases or any(lease.state != "failed" for lease in leases):
+        return None
+    return leases[0].error
 
 
 def estimated_wait_ms(pool: Pool, model: Model) -> int:

@@ -245,12 +245,14 @@ class PoolRunner:
         trusted = [worker.status for worker in state.workers.values() if worker.trusted and not worker.status.stopping]
         served = {provider for status in trusted for provider in status.providers}
         waits = [policy.estimated_wait_ms(state, model) for model in state.models.values()]
+        errors = {model: policy.load_error(state, model) for model in state.models}
         status = PoolStatus(
             pool=self.name,
             term=state.term,
             at_ms=now_ms(),
             ready_models=sorted({lease.model for lease in state.leases.values() if lease.state == "active"}),
             servable_models=sorted(model.id for model in state.models.values() if model.provider in served),
+            failed_models={model: error for model, error in errors.items() if error is not None},
             queued=state.queued,
             running=len(state.running),
             estimated_wait_ms=max(waits, default=0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import openai
 import pytest
@@ -260,3 +261,26 @@ async def test_many_callers_at_once_each_get_their_own_tokens(api: Api) -> None:
     )
     for number, one in enumerate(seen):
         assert one.done and one.tokens == list(range(1000 * number, 1000 * number + 20))
+
+
+async def test_readiness_says_why_a_model_could_not_be_loaded(api: Api, stack: Stack, tmp_path: Path) -> None:
+    config = stack.data_dir.with_suffix(".toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text(
+        config.read_text() + '[[models]]\nid = "gone"\nprovider = "local"\nbackend_tag = "no-such.gguf"\n'
+    )
+    try:
+        applied = await asyncio.to_thread(stack.run, "apply", "--config", str(broken))
+        assert applied.returncode == 0, applied.stderr
+
+        async def told() -> str | None:
+            ready = await api.client.get(api.url("/health/ready"))
+            reason = ready.json()["waiting_for"].get("model gone", "")
+            return reason if ready.status_code == 503 and reason != "loading" else None
+
+        reason = await until(told, "the reason stands in /health/ready", 20)
+        assert reason.startswith("could not be loaded: ") and "no-such.gguf" in reason
+    finally:
+        restored = await asyncio.to_thread(stack.run, "apply", "--config", str(config))
+    assert restored.returncode == 0, restored.stderr
+    await stack.ready()

@@ -1,0 +1,98 @@
+"""Two workers hold the same model: what the one that is lost had not begun to answer, the other one answers."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from bench.gateway.spec import Spec
+from tests.faults.conftest import Note
+from tests.support.chat import Api, Seen, body, fresh
+from tests.support.stacks import Stack, running_stack
+from tests.support.waiting import until
+
+CROWD = 10
+TOKENS = 5
+LOST, LEFT = "w1", "w2"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
+    with running_stack(tmp_path_factory.mktemp("pair"), upstream_url, replicas={"worker": 2}) as made:
+        yield made
+
+
+async def usage(stack: Stack, seen: list[Seen]) -> dict[str, tuple[str, int, int]]:
+    """Worker, attempt and completion tokens of each request, by id, once all have their row."""
+    wanted = ", ".join(f"'{one.request_id}'" for one in seen)
+    query = f"SELECT request_id, worker, attempts, completion_tokens FROM usage WHERE request_id IN ({wanted})"  # noqa: S608
+
+    async def stored() -> list[dict[str, object]] | None:
+        rows = await asyncio.to_thread(stack.rows, query)
+        return rows if len(rows) >= len(seen) else None
+
+    rows = await until(stored, "a usage row for each request", 40)
+    assert len(rows) == len(seen)
+    return {
+        str(row["request_id"]): (str(row["worker"]), int(str(row["attempts"])), int(str(row["completion_tokens"])))
+        for row in rows
+    }
+
+
+async def both_hold_the_model(stack: Stack, api: Api) -> None:
+    async def spread() -> bool:
+        seen = await asyncio.gather(*(api.stream(body(Spec(tokens=1, ttft_ms=100))) for _ in range(4)))
+        return {worker for worker, _, _ in (await usage(stack, list(seen))).values()} == {LOST, LEFT}
+
+    await until(spread, "requests are spread over two workers", 40)
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
+async def test_the_other_worker_takes_over(pair: Stack, how: signal.Signals, note: Note) -> None:
+    await pair.ready()
+    # Nothing is answered yet when the worker is lost; the silent one is missed 6 s after its last heartbeat.
+    specs = [
+        Spec(tokens=TOKENS, interval_ms=1, ttft_ms=12_000 if how == signal.SIGSTOP else 3_000, id=fresh("pair"))
+        for _ in range(CROWD)
+    ]
+    async with Api(pair) as api:
+        await both_hold_the_model(pair, api)
+        asked = [asyncio.create_task(api.stream(body(spec))) for spec in specs]
+
+        async def all_begun() -> bool:
+            seen = await pair.all_seen()
+            return all(seen[spec.id].requests == 1 if spec.id in seen else False for spec in specs)
+
+        await until(all_begun, "the upstream has all requests", 10)
+        pair.signal("worker-1", how)
+        try:
+            await until(lambda: again(pair, specs), "lost requests are asked of the upstream again", 20)
+        finally:
+            if how == signal.SIGSTOP:
+                pair.signal("worker-1", signal.SIGCONT)  # what the zombie says from now on must be void
+        seen = await asyncio.gather(*asked)
+    for one in seen:
+        assert one.done and one.tokens == list(range(TOKENS)), (one.error, one.tokens)
+    rows = await usage(pair, list(seen))
+    assert {tokens for _, _, tokens in rows.values()} == {TOKENS}, "each is billed once"
+    counts = Counter((worker, attempt) for worker, attempt, _ in rows.values())
+    # A killed one is started again at once, and may take some of its own.
+    assert counts[LEFT, 1] == counts[LEFT, 2] + counts[LOST, 2] == CROWD // 2, counts
+    assert counts[LOST, 2] == 0 or how == signal.SIGKILL
+    note(part=f"one of two workers {how.name}", taken_over=counts[LEFT, 2], callers=CROWD)
+
+    async def settled() -> bool:
+        return (await asyncio.to_thread(pair.ledger))["in_flight"] == 0
+
+    await until(settled, "nothing is in flight", 40)
+
+
+async def again(stack: Stack, specs: list[Spec]) -> bool:
+    """Whether half of the requests came to the upstream a second time."""
+    seen = await stack.all_seen()
+    return sum(seen[spec.id].requests == 2 for spec in specs) == CROWD // 2
