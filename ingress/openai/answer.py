@@ -21,7 +21,7 @@ from ingress.replies import replay
 from ingress.services import Services
 from ingress.streams import Stream
 from schemas.control import Key
-from schemas.events import ErrorInfo, Terminal
+from schemas.events import ErrorInfo, Status, Terminal
 from schemas.ids import PublicId
 from schemas.openai import ChatCompletionRequest
 from topics.frames import Delta, Kind, Moved, StreamView
@@ -29,6 +29,8 @@ from topics.frames import Delta, Kind, Moved, StreamView
 log = structlog.get_logger(__name__)
 
 DROPPED_GRACE_S = 30.0
+LOST_AFTER_SILENCES = 3
+"""Silences after which frames that a stream misses are taken for lost."""
 
 DIRECT_SEND = "headrace.send"
 """The server's own `send` in the scope: the body of a stream need not pass each middleware a token."""
@@ -77,7 +79,13 @@ class ChatAnswer(Response):
         self._attached = False
         self._replaying: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
+        self._ended: Terminal | None = None
+        """The end of the request, as frames or log told it."""
         self._terminal: Terminal | None = None
+        """The same, once the stream has all that comes before it."""
+        self._seq = after[1] if after else 0
+        """Last step of the answer that was rendered."""
+        self._catching_up = False
         self._began = time.monotonic()
         self._log = log.bind(request_id=ticket.public.request_id)
 
@@ -188,9 +196,41 @@ class ChatAnswer(Response):
             moved = msgspec.json.decode(self._stream.moved, type=Moved)
             self._replay(moved.partition, moved.since_ms - 5_000)
             return silence
-        if _asks_log(silence) and (found := await self._ask_log()) is not None:
-            self._terminal = found
+        if self._ended is not None:
+            if silence >= LOST_AFTER_SILENCES:
+                self._give_up(self._ended)
+        elif _asks_log(silence) and (found := await self._ask_log()) is not None:
+            self._ended = found
+            self._settle()
+            return 0
         return silence + 1
+
+    def _settle(self) -> bool:
+        """Let the stream end if the request has and nothing is missing, else see to what is; whether it ends.
+
+        The log may be ahead of our reader of frames, when that had to connect anew.
+        """
+        ended = self._ended
+        if ended is None or (self._catching_up and self._seq < ended.last_seq):
+            return False
+        if not self._streamed or self._seq >= ended.last_seq:
+            self._terminal = ended
+        elif self._seq == 0 and ended.choices:
+            self._terminal = ended
+            self._stream.pending = whole_deltas(ended)
+        else:
+            self._log.warning("frames_missed", seen=self._seq, last=ended.last_seq)
+            self._catching_up = True
+            self._stream.view = StreamView(seq=self._seq)
+            self._replay(ended.reply_partition, self._ticket.public.created_ms - 5_000)
+        return self._terminal is not None
+
+    def _give_up(self, ended: Terminal) -> None:
+        """Frames that the stream misses are not kept any more."""
+        self._log.error("frames_lost", seen=self._seq, last=ended.last_seq)
+        path = f"/v1/requests/{self._ticket.public}"
+        lost = Unavailable(f"A part of this stream is lost; GET {path} tells how the request ended.")
+        self._terminal = msgspec.structs.replace(ended, status=Status.FAILED, error=lost.info())
 
     async def _ask_log(self) -> Terminal | None:
         public = self._ticket.public
@@ -217,7 +257,8 @@ class ChatAnswer(Response):
             silence = 0 if deltas else await self._no_deltas(silence)
             for delta in deltas:
                 if delta.kind == Kind.TERMINAL:
-                    self._terminal = _terminal.decode(delta.data)
+                    self._ended = _terminal.decode(delta.data)
+                    self._settle()
         terminal = self._terminal
         if terminal is None:
             return
@@ -247,9 +288,11 @@ class ChatAnswer(Response):
             if self._services.draining.is_set() or self._stream.dropped:
                 await self._break_off(scope, receive, send, renderer, begun)
                 return
-            # A result that was there from the start (`_join`) is all in `pending`: nothing more will wake us.
-            deltas = await self._stream.take() if self._terminal is None else self._stream.pending
+            deltas = await self._stream.take() if self._terminal is None else []
             silence = 0 if deltas or self._terminal is not None else await self._no_deltas(silence)
+            if self._terminal is not None:
+                # A result that was found whole is all in `pending`: nothing more will wake us.
+                deltas = self._stream.pending
             if not deltas and self._terminal is None:
                 if self._gone.is_set() or self._services.draining.is_set() or self._stream.dropped:
                     continue
@@ -262,10 +305,14 @@ class ChatAnswer(Response):
             events = bytearray()
             for delta in deltas:
                 if delta.kind == Kind.TERMINAL:
-                    self._terminal = _terminal.decode(delta.data)
+                    self._ended = _terminal.decode(delta.data)
                 else:
                     events += renderer.delta(delta)
                     tokens += delta.tokens
+                    self._seq = delta.seq
+            if self._terminal is None and self._settle():
+                for delta in self._stream.pending:
+                    events += renderer.delta(delta)
             if (terminal := self._terminal) is not None:
                 self._observe(terminal)
                 if not begun and terminal.error is not None and not events:

@@ -56,6 +56,11 @@ class Attempt:
             request_id=command.request.request_id, attempt=command.attempt, epoch=command.epoch, model=model.id
         )
 
+    @property
+    def tokens(self) -> int:
+        """Completion tokens so far."""
+        return self._answer.tokens
+
     def cancel(self, command: CancelCommand) -> None:
         """End the generation at once; the terminal says why and holds what was generated."""
         if self._cancel is None:
@@ -169,8 +174,6 @@ class Attempt:
         if request.stream:
             await self._writer.settle(request.reply_partition)
         await self._outcomes.terminal(terminal)
-        if not request.stream:
-            self._writer.drop(request.reply_partition, answer.rid)
         self._writer.add(request.reply_partition, terminal_delta(terminal, command.attempt), urgent=True)
         await self._writer.settle(request.reply_partition)
         self._log.info("generation_ended", status=status.value, tokens=terminal.usage.completion_tokens)

@@ -87,8 +87,3 @@ class FrameWriter:
         self._flush(partition)
         if (last := self._last.get(partition)) is not None:
             await asyncio.shield(last)
-
-    def drop(self, partition: int, rid: bytes) -> None:
-        """Forget a request's deltas that still wait here; they are of no use once its terminal is in the log."""
-        if (buffer := self._buffers.get(partition)) is not None:
-            self._buffers[partition] = [delta for delta in buffer if delta.rid != rid]

@@ -8,16 +8,22 @@ import signal
 import time
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
 from bench.gateway.spec import Spec
+from schemas.events import Status, Terminal
+from schemas.ids import PublicId
 from tests.faults.conftest import Note
 from tests.faults.test_kills import accounted, told_exactly
 from tests.support.callers import Crowd
 from tests.support.chat import Api, body, fresh
 from tests.support.stacks import Stack
 from tests.support.waiting import until
+from topics import frames
+from topics.catalogue import LOG, REPLIES
+from topics.clients import Producer
 
 CROWD = 20
 
@@ -211,3 +217,41 @@ async def test_roles_stop_in_order_while_the_broker_is_away(victim: Stack, note:
     for name in names:
         assert f"{name} ended with 0 " in victim.role_logs(), f"{name} did not stop in order"
     await recovered(victim)
+
+
+@pytest.mark.timeout(200)
+async def test_a_result_that_overtakes_its_frames_does_not_cut_the_stream(victim: Stack, note: Note) -> None:
+    """The log has the end, and the ingress, which asks it on silence, has not seen all frames yet."""
+    await victim.ready()
+    spec = Spec(tokens=40, interval_ms=100, id=fresh("overtaken"))
+    async with Api(victim) as api, api.open(body(spec)) as reader:
+        seen = await reader.until_tokens(5)
+        victim.signal("worker-1", signal.SIGSTOP)
+        try:
+            await asyncio.sleep(0.5)  # what it had written comes
+            public = PublicId.parse(seen.completion_id)
+            assert public is not None
+            rest = asyncio.create_task(reader.rest())
+            await asyncio.sleep(0.5)
+            attempt, seq = map(int, (seen.last_id or "").split(":"))
+            late = [
+                frames.Delta(
+                    bytes.fromhex(public.request_id), attempt, seq + 1 + at, frames.Kind.TEXT, 0, f"t{number}@0 "
+                )
+                for at, number in enumerate(range(len(seen.tokens), len(seen.tokens) + 5))
+            ]
+            end = Terminal(
+                public.request_id, "default", attempt, 0, Status.COMPLETED,
+                model="bench", reply_partition=public.reply_partition, last_seq=late[-1].seq,
+            )  # fmt: skip
+            async with Producer(victim.settings.kafka_bootstrap, "overtaking") as producer:
+                await producer.send(LOG.name, msgspec.json.encode(end), key=public.request_id)
+                await asyncio.sleep(7)
+                assert not rest.done(), "what is not complete is not ended"
+                await producer.send(REPLIES.name, frames.encode(late), partition=public.reply_partition)
+            found = await asyncio.wait_for(rest, 15)
+        finally:
+            victim.signal("worker-1", signal.SIGCONT)
+    assert found.done and found.tokens == list(range(len(found.tokens)))
+    assert len(found.tokens) >= 10 and found.tokens[-1] == int(late[-1].data[1:-3])
+    note(part="a result before its frames", tokens=len(found.tokens))
