@@ -49,6 +49,14 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     pool: str = "default"
     enabled: bool = True
     preload: bool = True
+    pinned: bool = False
+    """Whether it keeps its memory for ever once it has it."""
+    keep_alive_ms: int | None = None
+    """How long it keeps its memory unused; None until another model wants it."""
+    bytes: int = 0
+    """Device memory that it is expected to take; 0 when its provider takes none of ours."""
+    load_ms: int = 0
+    """How long a load is expected to take."""
     default_max_tokens: int | None = None
     """Cap on the completion of requests that name none; None lets the context be the cap."""
     price: Price = Price(version=0, input=Decimal(0), output=Decimal(0), cached=Decimal(0))

@@ -7,7 +7,7 @@ Unknown fields are ignored by readers; fields are only ever added, with a defaul
 from __future__ import annotations
 
 from decimal import Decimal
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import msgspec
 
@@ -32,6 +32,15 @@ class BodyRef(msgspec.Struct, frozen=True):
 
     partition: int
     offset: int
+
+
+class Priority(IntEnum):
+    """Who goes first; the lower number."""
+
+    INTERACTIVE = 0
+    STANDARD = 1
+    BATCH = 2
+    """Takes only slots that nobody else wants."""
 
 
 class Routed(msgspec.Struct, omit_defaults=True):
@@ -83,6 +92,8 @@ class LoadCommand(msgspec.Struct, tag_field="type", tag="load"):
     epoch: int
     model: Model
     provider: Provider
+    device: str = ""
+    """Where the memory was granted; empty where none is counted."""
 
 
 class UnloadCommand(msgspec.Struct, tag_field="type", tag="unload"):
@@ -289,6 +300,8 @@ class RunningAttempt(msgspec.Struct, array_like=True):
     request_id: str
     attempt: int
     epoch: int
+    tokens: int = 0
+    """Completion tokens so far."""
 
 
 class Resident(msgspec.Struct, omit_defaults=True):
@@ -297,9 +310,19 @@ class Resident(msgspec.Struct, omit_defaults=True):
     model: str
     epoch: int
     state: str
-    """`loading`, `active` or `failed`."""
+    """`loading`, `active`, `unloading` (its memory is not free yet) or `failed`."""
     bytes: int = 0
+    """Memory that it was seen to take, 0 where nobody can tell."""
     error: str = ""
+    device: str = ""
+
+
+class Device(msgspec.Struct):
+    """Memory of a worker that models share."""
+
+    id: str
+    bytes: int
+    """What models may take together: the total without the reserve."""
 
 
 class WorkerStatus(msgspec.Struct, omit_defaults=True):
@@ -315,6 +338,8 @@ class WorkerStatus(msgspec.Struct, omit_defaults=True):
     resident: list[Resident] = []
     running: list[RunningAttempt] = []
     stopping: bool = False
+    devices: list[Device] = []
+    """Empty where the worker's models take no memory that it could measure."""
 
 
 class PoolStatus(msgspec.Struct, omit_defaults=True):

@@ -47,12 +47,20 @@ class _Held:
     def __init__(self, command: LoadCommand, provider: Provider | None) -> None:
         self.model = command.model
         self.epoch = command.epoch
+        self.device = command.device
         self.provider = provider
         self.state = "loading"
         self.bytes = 0
         self.error = ""
         self.settled = asyncio.Event()
         """Set unless the model is being loaded."""
+
+    def settle(self, state: str, error: str = "") -> None:
+        """The load has ended; a wish to unload that came meanwhile stays."""
+        if self.state == "loading":
+            self.state = state
+        self.error = error
+        self.settled.set()
 
 
 class Worker:
@@ -133,7 +141,7 @@ class Worker:
         except HeadraceError as error:
             log.error("provider_unusable", provider=command.provider.name, error=error.message)
             self._held[command.model.id] = held = _Held(command, None)
-            held.state, held.error = "failed", error.message
+            held.settle("failed", error.message)
             self.changed.set()
             return
         self._held[command.model.id] = held = _Held(command, provider)
@@ -144,22 +152,31 @@ class Worker:
         began = time.monotonic()
         try:
             held.bytes = (await provider.load(held.model)).bytes
-            held.state = "active"
+            held.settle("active")
             metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
             log.info("model_loaded", model=held.model.id, epoch=held.epoch, bytes=held.bytes)
         except HeadraceError as error:
-            held.state, held.error = "failed", error.message
+            held.settle("failed", error.message)
             log.error("model_load_failed", model=held.model.id, epoch=held.epoch, error=error.message)
-        held.settled.set()
         self.changed.set()
 
     def _unload(self, command: UnloadCommand) -> None:
         held = self._held.get(command.model)
-        if held is not None and held.epoch <= command.epoch:
-            del self._held[command.model]
-            if held.provider is not None:
-                self._spawn(held.provider.unload(held.model))
-            self.changed.set()
+        if held is None or held.epoch > command.epoch or held.state == "unloading":
+            return
+        held.state = "unloading"
+        self.changed.set()
+        self._spawn(self._give_back(held))
+
+    async def _give_back(self, held: _Held) -> None:
+        """Unload; the heartbeat shows the model until its memory is free."""
+        await held.settled.wait()
+        if held.provider is not None:
+            await held.provider.unload(held.model)
+        if self._held.get(held.model.id) is held:
+            del self._held[held.model.id]
+        log.info("model_unloaded", model=held.model.id, epoch=held.epoch)
+        self.changed.set()
 
     def _generate(self, command: GenerateCommand) -> None:
         request_id = command.request.request_id
@@ -170,7 +187,13 @@ class Worker:
             log.info("command_again", request_id=request_id, attempt=command.attempt)
             return
         held = self._held.get(command.request.model)
-        if held is None or held.provider is None or held.epoch != command.epoch or len(self._running) >= MAX_RUNNING:
+        if (
+            held is None
+            or held.provider is None
+            or held.state == "unloading"
+            or held.epoch != command.epoch
+            or len(self._running) >= MAX_RUNNING
+        ):
             error = ProviderError("The worker no longer holds this model, or is full; send the request again.")
             self._spawn(self._outcomes.end(unable(command, self.id, error)))
             return
@@ -235,11 +258,11 @@ class Worker:
             at_ms=now_ms(),
             providers=list(self.providers),
             resident=[
-                Resident(model_id, held.epoch, held.state, held.bytes, held.error)
+                Resident(model_id, held.epoch, held.state, held.bytes, held.error, held.device)
                 for model_id, held in self._held.items()
             ],
             running=[
-                RunningAttempt(request_id, attempt.command.attempt, attempt.command.epoch)
+                RunningAttempt(request_id, attempt.command.attempt, attempt.command.epoch, attempt.tokens)
                 for request_id, attempt in self._running.items()
             ],
             stopping=self._stopping,

@@ -31,9 +31,11 @@ class CancelAsked:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The log holds the request's terminal."""
+    """The log holds the request's terminal; tokens as far as it tells."""
 
     request_id: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ class Load:
     boot: str
     model: str
     epoch: int
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +115,7 @@ class LeaseMoved:
     epoch: int
     state: str
     bytes: int = 0
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

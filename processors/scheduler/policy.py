@@ -1,13 +1,15 @@
 """The scheduling policy: `step(pool, event, now) -> actions`. Pure: no I/O, no clock, no randomness.
 
-This first policy keeps a queue a model, first come first served, serves every model that fits the workers' providers,
-and gives a request to the worker with the most free slots. The interface is what grows: events in, actions out.
+Each model has a queue, fair between tenants (`queues`); models share the memory of devices under leases (`placement`);
+a request goes to the worker that holds its model and has the most free slots.
 """
 
 from __future__ import annotations
 
+import heapq
 from typing import assert_never
 
+from processors.scheduler import placement
 from processors.scheduler.messages import (
     Action,
     Arrived,
@@ -19,7 +21,6 @@ from processors.scheduler.messages import (
     Enqueued,
     Event,
     Finished,
-    Grant,
     LeaseGranted,
     LeaseMoved,
     Load,
@@ -28,19 +29,17 @@ from processors.scheduler.messages import (
     Restored,
     SendTerm,
     Tick,
-    Unload,
     WorkerSeen,
 )
-from processors.scheduler.state import Lease, Pool, Request, Running, Worker
+from processors.scheduler.queues import COMPLETION_WEIGHT, PROMPT_WEIGHT
+from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running, Worker
 from schemas.control import Model
-from schemas.events import Status, WorkerStatus
+from schemas.events import Resident, Status, WorkerStatus
 
 WORKER_TIMEOUT_MS = 6_000
 """A worker without a heartbeat for this long is lost."""
 EARLY_CANCEL_MS = 900_000
 """How long a cancellation that found no request is remembered."""
-RELOAD_AFTER_MS = 5_000
-"""A model whose load failed is tried again after this long."""
 MAX_QUEUE = 10_000
 """Requests that may wait for one model; more are shed."""
 MAX_ATTEMPTS = 3
@@ -57,14 +56,14 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return []
         case CancelAsked(request_id, reason):
             return _cancel(pool, request_id, reason, now_ms)
-        case Finished(request_id):
-            return _finished(pool, request_id, now_ms)
+        case Finished():
+            return _finished(pool, event, now_ms)
         case AttemptEmpty(request_id, attempt):
             return _requeue(pool, request_id, attempt, now_ms)
         case WorkerSeen(status):
             return _worker_seen(pool, status, now_ms)
         case LeaseGranted(worker, model, epoch):
-            return _granted(pool, worker, model, epoch)
+            return _granted(pool, worker, model, epoch, now_ms)
         case ModelsChanged(models):
             pool.models = models
             return _serve(pool, now_ms)
@@ -73,27 +72,45 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
     assert_never(event)
 
 
+# --- requests -----------------------------------------------------------------------------------------------------
+
+
 def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     early = pool.early_cancels.pop(request.id, None)
     if early is not None:
         return [End(request, Status.CANCELLED, "cancelled", early[1])]
-    if now_ms > request.deadline_ms:
+    if now_ms > request.late_ms:
         return [End(request, Status.EXPIRED, "deadline_exceeded", "The deadline passed before it could be queued.")]
-    if request.model not in pool.models:
+    model = pool.models.get(request.model)
+    if model is None:
         return [End(request, Status.REJECTED, "model_not_found", f"The model {request.model!r} was removed.")]
+    if not placement.can_ever_fit(pool, model):
+        return [_too_large(request, model)]
     queue = pool.queue(request.model)
     if len(queue) >= MAX_QUEUE:
         return [End(request, Status.REJECTED, "service_unavailable", "Too many requests wait for this model.")]
-    queue[request.id] = request
+    if now_ms + estimated_wait_ms(pool, model) > request.late_ms:
+        return [End(request, Status.REJECTED, "service_unavailable", "The wait would be longer than the deadline.")]
+    placement.count_demand(pool, request.model, now_ms)
+    request.waiting_ms = now_ms
+    queue.add(request)
+    heapq.heappush(pool.deadlines, (request.late_ms, request.id, request.model))
     actions = _dispatch(pool, request.model, now_ms)
     if request.id in queue:
         actions.append(Enqueued(request))
+        if len(queue) == 1:  # Where others waited before it, memory was planned for them.
+            actions += placement.place(pool, now_ms)
     return actions
+
+
+def _too_large(request: Request, model: Model) -> End:
+    message = f"The model {model.id!r} takes {model.bytes} bytes, more than any device of this pool has."
+    return End(request, Status.REJECTED, "service_unavailable", message)
 
 
 def _cancel(pool: Pool, request_id: str, reason: str, now_ms: int) -> list[Action]:
     for queue in pool.queues.values():
-        if (request := queue.pop(request_id, None)) is not None:
+        if (request := queue.remove(request_id)) is not None:
             return [End(request, Status.CANCELLED, "cancelled", reason)]
     running = pool.running.get(request_id) or pool.recovering.get(request_id)
     if running is None:
@@ -109,21 +126,40 @@ def _cancel_running(running: Running, reason: str, status: Status) -> list[Actio
     return [CancelRunning(running.request.id, running.worker, reason, status)]
 
 
-def _finished(pool: Pool, request_id: str, now_ms: int) -> list[Action]:
-    pool.recovering.pop(request_id, None)
-    running = pool.running.pop(request_id, None)
+def _finished(pool: Pool, event: Finished, now_ms: int) -> list[Action]:
+    pool.recovering.pop(event.request_id, None)
+    running = pool.running.pop(event.request_id, None)
     if running is None:
         for queue in pool.queues.values():
-            queue.pop(request_id, None)
+            queue.remove(event.request_id)
         return []
-    model = running.request.model
-    spent = max(0, now_ms - running.request.arrived_ms)
-    known = pool.service_ms.get(model)
-    pool.service_ms[model] = spent if known is None else known + 0.1 * (spent - known)
-    lease = pool.leases.get((running.worker, model))
-    if lease is not None:
-        lease.running.discard(request_id)
-    return _dispatch(pool, model, now_ms)
+    request = running.request
+    if event.prompt_tokens:
+        _charge(pool, request, PROMPT_WEIGHT * (event.prompt_tokens - request.prompt_tokens))
+    _charge_completion(pool, running, event.completion_tokens)
+    spent = max(0, now_ms - running.began_ms)
+    known = pool.service_ms.get(request.model)
+    pool.service_ms[request.model] = spent if known is None else known + 0.1 * (spent - known)
+    lease = pool.leases.get((running.worker, request.model))
+    if lease is None:
+        return _dispatch(pool, request.model, now_ms)
+    lease.running.discard(request.id)
+    lease.used_ms = now_ms
+    if lease.state is LeaseState.DRAINING:
+        return placement.release_drained(lease, now_ms)
+    actions = _dispatch(pool, request.model, now_ms)
+    # It may be idle now, and another model may have waited for that.
+    return actions if lease.running else actions + placement.place(pool, now_ms)
+
+
+def _charge(pool: Pool, request: Request, units: float) -> None:
+    pool.queue(request.model).charge(request.tenant, units)
+
+
+def _charge_completion(pool: Pool, running: Running, tokens: int) -> None:
+    if tokens > running.charged_tokens:
+        _charge(pool, running.request, COMPLETION_WEIGHT * (tokens - running.charged_tokens))
+        running.charged_tokens = tokens
 
 
 def _requeue(pool: Pool, request_id: str, attempt: int, now_ms: int) -> list[Action]:
@@ -134,10 +170,14 @@ def _requeue(pool: Pool, request_id: str, attempt: int, now_ms: int) -> list[Act
     request.attempt = attempt
     if lost.cancel_asked:
         return [End(request, Status.CANCELLED, "cancelled", "The caller left.")]
+    if request.model not in pool.models:
+        return [End(request, Status.REJECTED, "model_not_found", f"The model {request.model!r} was removed.")]
+    request.waiting_ms = now_ms
     queue = pool.queue(request.model)
-    queue[request.id] = request
-    queue.move_to_end(request.id, last=False)
-    return _dispatch(pool, request.model, now_ms)
+    queue.add(request, first=True)
+    heapq.heappush(pool.deadlines, (request.late_ms, request.id, request.model))
+    actions = _dispatch(pool, request.model, now_ms)
+    return actions + placement.place(pool, now_ms) if request.id in queue else actions
 
 
 # --- workers and leases -------------------------------------------------------------------------------------------
@@ -147,7 +187,7 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     known = pool.workers.get(status.worker)
     actions: list[Action] = []
     if known is not None and known.status.boot != status.boot:
-        actions += _lose_boot(pool, known, now_ms)
+        actions += _lose_boot(pool, known)
         known = None
     trusted = status.term == pool.term
     pool.workers[status.worker] = Worker(status, now_ms, trusted)
@@ -155,36 +195,69 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
         # Asked again at each heartbeat until it shows: a term is idempotent, and the worker may be new.
         return [*actions, SendTerm(status.worker)] if status.term < pool.term else actions
     first = known is None or not known.trusted
-    actions += _adopt(pool, status)
+    actions += _adopt(pool, status, now_ms)
+    actions += _see_freed(pool, status)
     if first:
         actions += _reconcile(pool, status)
-    actions += _strays(pool, status)
+    actions += _progress(pool, status)
     return actions + _serve(pool, now_ms)
 
 
-def _adopt(pool: Pool, status: WorkerStatus) -> list[Action]:
+def _adopt(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     """Bring leases in line with what the worker really holds."""
     actions: list[Action] = []
     for resident in status.resident:
-        place = (status.worker, resident.model)
-        lease = pool.leases.get(place)
+        lease = pool.leases.get((status.worker, resident.model))
         if lease is None:
-            lease = Lease(status.worker, status.boot, resident.model, resident.epoch, resident.state)
-            lease.running = {r.request.id for r in pool.running.values() if (r.worker, r.request.model) == place}
-            pool.leases[place] = lease
-        if resident.epoch != lease.epoch or resident.state == lease.state:
-            continue
-        if resident.state == "loading":
-            lease.state = "granted"  # its engine died and comes back under the same lease
-        elif resident.state == "active":
-            lease.state = "active"
-            actions.append(
-                LeaseMoved(status.worker, status.boot, resident.model, resident.epoch, "active", resident.bytes)
-            )
-        elif resident.state == "failed":
-            lease.state, lease.error = "failed", resident.error
-            actions.append(LeaseMoved(status.worker, status.boot, resident.model, resident.epoch, "free"))
+            actions += _take_over(pool, status, resident, now_ms)
+        elif resident.epoch == lease.epoch:
+            actions += _follow(lease, resident, now_ms)
     return actions
+
+
+def _take_over(pool: Pool, status: WorkerStatus, resident: Resident, now_ms: int) -> list[Action]:
+    """A lease of an earlier term, found where it is held."""
+    model = pool.models.get(resident.model)
+    size = resident.bytes or (model.bytes if model is not None else 0)
+    lease = Lease(
+        status.worker, status.boot, resident.model, resident.device, size if resident.device else 0, resident.epoch,
+        LeaseState.LOADING, asked_ms=now_ms, moved_ms=now_ms, used_ms=now_ms,
+    )  # fmt: skip
+    place = (status.worker, resident.model)
+    lease.running = {r.request.id for r in pool.running.values() if (r.worker, r.request.model) == place}
+    pool.leases[place] = lease
+    if resident.state == "unloading":
+        return placement.move(lease, LeaseState.RELEASING, now_ms)
+    return _follow(lease, resident, now_ms)
+
+
+def _follow(lease: Lease, resident: Resident, now_ms: int) -> list[Action]:
+    """One lease, as the worker that holds it shows it."""
+    match resident.state:
+        case "loading" if lease.state is LeaseState.ACTIVE:
+            # Its engine died and comes back under the same lease.
+            return placement.move(lease, LeaseState.LOADING, now_ms)
+        case "active" if lease.state is LeaseState.LOADING:
+            lease.used_ms = now_ms
+            if resident.bytes and lease.device:
+                lease.bytes = resident.bytes
+            return placement.move(lease, LeaseState.ACTIVE, now_ms)
+        case "failed" if lease.state in (LeaseState.LOADING, LeaseState.ACTIVE, LeaseState.DRAINING):
+            lease.error = resident.error
+            return placement.move(lease, LeaseState.FAILED, now_ms)
+    return []
+
+
+def _see_freed(pool: Pool, status: WorkerStatus) -> list[Action]:
+    """What was to be unloaded and is no longer shown is free."""
+    shown = {resident.model: resident.epoch for resident in status.resident if resident.state != "failed"}
+    leaving = (LeaseState.RELEASING, LeaseState.QUARANTINED)
+    return [
+        action
+        for lease in list(pool.leases.values())
+        if lease.worker == status.worker and lease.state in leaving and shown.get(lease.model) != lease.epoch
+        for action in placement.freed(pool, lease)
+    ]
 
 
 def _reconcile(pool: Pool, status: WorkerStatus) -> list[Action]:
@@ -198,13 +271,17 @@ def _reconcile(pool: Pool, status: WorkerStatus) -> list[Action]:
     return [_lose(pool, running) for running in lost]
 
 
-def _strays(pool: Pool, status: WorkerStatus) -> list[Action]:
-    """Attempts that a worker still runs and nobody waits for: they hold slots, so they are ended."""
-    return [
-        CancelRunning(attempt.request_id, status.worker, "The attempt was superseded.", Status.CANCELLED)
-        for attempt in status.running
-        if (known := pool.running.get(attempt.request_id)) is None or known.request.attempt != attempt.attempt
-    ]
+def _progress(pool: Pool, status: WorkerStatus) -> list[Action]:
+    """Charge what was generated; end attempts that nobody waits for any more, since they hold slots."""
+    strays: list[Action] = []
+    for attempt in status.running:
+        known = pool.running.get(attempt.request_id)
+        if known is not None and known.request.attempt == attempt.attempt:
+            _charge_completion(pool, known, attempt.tokens)
+        else:
+            reason = "The attempt was superseded."
+            strays.append(CancelRunning(attempt.request_id, status.worker, reason, Status.CANCELLED))
+    return strays
 
 
 def _lose(pool: Pool, running: Running) -> Recover:
@@ -217,7 +294,7 @@ def _lose(pool: Pool, running: Running) -> Recover:
     return Recover(running, may_retry=request.attempt < MAX_ATTEMPTS)
 
 
-def _lose_boot(pool: Pool, worker: Worker, now_ms: int) -> list[Action]:
+def _lose_boot(pool: Pool, worker: Worker) -> list[Action]:
     """A worker's process is gone: its leases end, its requests are recovered."""
     name, boot = worker.status.worker, worker.status.boot
     actions: list[Action] = []
@@ -225,77 +302,66 @@ def _lose_boot(pool: Pool, worker: Worker, now_ms: int) -> list[Action]:
         if place[0] == name and lease.boot == boot:
             del pool.leases[place]
             if lease.epoch is not None:
-                actions.append(LeaseMoved(name, boot, lease.model, lease.epoch, "lost"))
+                actions.append(LeaseMoved(name, boot, lease.model, lease.epoch, "lost", lease.bytes))
     lost = [running for running in pool.running.values() if (running.worker, running.boot) == (name, boot)]
     return actions + [_lose(pool, running) for running in lost]
 
 
-def _granted(pool: Pool, worker: str, model: str, epoch: int) -> list[Action]:
+def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> list[Action]:
     lease = pool.leases.get((worker, model))
     if lease is None or lease.epoch is not None:
         return []
     lease.epoch = epoch
-    lease.state = "granted"
-    return [Load(worker, lease.boot, model, epoch)]
+    lease.state, lease.moved_ms = LeaseState.LOADING, now_ms
+    return [Load(worker, lease.boot, model, epoch, lease.device)]
 
 
 def _serve(pool: Pool, now_ms: int) -> list[Action]:
-    """Lease every preloaded or wanted model to every worker that can serve it; unload what is gone."""
-    actions: list[Action] = []
-    for name, worker in pool.workers.items():
-        if not worker.trusted or worker.status.stopping:
-            continue
-        for model in pool.models.values():
-            if model.provider not in worker.status.providers:
-                continue
-            lease = pool.leases.get((name, model.id))
-            retry = lease is not None and lease.state == "failed" and now_ms - lease.asked_ms >= RELOAD_AFTER_MS
-            wanted = model.preload or bool(pool.queues.get(model.id))
-            if wanted and (lease is None or retry):
-                pool.leases[name, model.id] = Lease(name, worker.status.boot, model.id, asked_ms=now_ms)
-                actions.append(Grant(name, worker.status.boot, model.id))
-    for place, lease in list(pool.leases.items()):
-        if lease.model not in pool.models and not lease.running and lease.epoch is not None:
-            del pool.leases[place]
-            actions.append(Unload(lease.worker, lease.boot, lease.model, lease.epoch))
-            actions.append(LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, "free"))
-    for model_id in list(pool.queues):
+    """Plan memory, then assign what waits."""
+    actions = [*placement.time_out(pool, now_ms), *placement.place(pool, now_ms)]
+    for model_id in pool.queues:
         actions += _dispatch(pool, model_id, now_ms)
+    for lease in list(pool.leases.values()):
+        actions += placement.release_drained(lease, now_ms)
     return actions
 
 
 def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
     """Assign waiting requests of a model to the active leases with the most free slots."""
     queue = pool.queues.get(model_id)
-    model = pool.models.get(model_id)
-    if not queue or model is None:
+    if not queue:
         return []
-    actions: list[Action] = []
-    if (reason := load_error(pool, model_id)) is not None:
+    model = pool.models.get(model_id)
+    if model is None:
+        return _end_all(pool, model_id, Status.REJECTED, "model_not_found", f"The model {model_id!r} was removed.")
+    if (reason := load_error(pool, model_id)) is not None and not placement.due_again(pool, model_id, now_ms):
         error = f"The model {model_id!r} could not be loaded: {reason}"
-        actions = [End(request, Status.FAILED, "provider_error", error) for request in queue.values()]
-        queue.clear()
-        return actions
-    while queue:
-        lease = _best_lease(pool, model)
-        if lease is None or lease.epoch is None:
+        return _end_all(pool, model_id, Status.FAILED, "provider_error", error)
+    actions: list[Action] = []
+    leases = [lease for lease in pool.of_model(model_id) if _takes_work(pool, lease)]
+    while leases and queue:
+        lease = min(leases, key=lambda one: len(one.running))
+        free = model.max_concurrency - len(lease.running)
+        # Batch work leaves a slot for those who do not plan ahead.
+        if free <= 0 or (request := queue.take(idle=free > 1 or model.max_concurrency == 1)) is None:
             break
-        request_id, request = queue.popitem(last=False)
-        lease.running.add(request_id)
-        pool.running[request_id] = Running(request, lease.worker, lease.boot, lease.epoch)
-        actions.append(Assign(request, lease.worker, lease.boot, lease.epoch))
+        lease.running.add(request.id)
+        lease.used_ms = now_ms
+        pool.running[request.id] = Running(request, lease.worker, lease.boot, lease.granted, now_ms)
+        actions.append(Assign(request, lease.worker, lease.boot, lease.granted))
     return actions
 
 
-def _best_lease(pool: Pool, model: Model) -> Lease | None:
-    best: Lease | None = None
-    for name, worker in pool.workers.items():
-        lease = pool.leases.get((name, model.id))
-        if lease is None or lease.state != "active" or not worker.trusted or worker.status.stopping:
-            continue
-        if len(lease.running) < model.max_concurrency and (best is None or len(lease.running) < len(best.running)):
-            best = lease
-    return best
+def _end_all(pool: Pool, model_id: str, status: Status, code: str, message: str) -> list[Action]:
+    waiting = list(pool.queues[model_id])
+    for request in waiting:
+        pool.queues[model_id].remove(request.id)
+    return [End(request, status, code, message) for request in waiting]
+
+
+def _takes_work(pool: Pool, lease: Lease) -> bool:
+    worker = pool.workers.get(lease.worker)
+    return lease.state is LeaseState.ACTIVE and worker is not None and worker.usable
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
@@ -306,14 +372,14 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
     for name, worker in list(pool.workers.items()):
         if now_ms - worker.seen_ms > WORKER_TIMEOUT_MS:
             del pool.workers[name]
-            actions += _lose_boot(pool, worker, now_ms)
+            actions += _lose_boot(pool, worker)
     for running in [r for r in pool.running.values() if r.worker not in pool.workers]:
         # Restored from an earlier term, on a worker that never came back.
         if now_ms - pool.taken_ms > WORKER_TIMEOUT_MS:
             actions.append(_lose(pool, running))
-    for queue in pool.queues.values():
-        for request in [r for r in queue.values() if now_ms > r.deadline_ms]:
-            del queue[request.id]
+    while pool.deadlines and pool.deadlines[0][0] < now_ms:
+        _, request_id, model_id = heapq.heappop(pool.deadlines)
+        if (request := pool.queues[model_id].remove(request_id)) is not None:
             actions.append(End(request, Status.EXPIRED, "deadline_exceeded", "The deadline passed while it waited."))
     for running in pool.running.values():
         if now_ms > running.request.deadline_ms:
@@ -324,15 +390,21 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
     return actions + _serve(pool, now_ms)
 
 
+# --- what others may ask ------------------------------------------------------------------------------------------
+
+
 def load_error(pool: Pool, model_id: str) -> str | None:
     """Why nobody can serve the model now, when every lease on it failed; None while one is active or on its way."""
-    leases = [lease for lease in pool.leases.values() if lease.model == model_id]
-    if not leases or any(lease.state != "failed" for lease in leases):
+    leases = pool.of_model(model_id)
+    if not leases or any(lease.state is not LeaseState.FAILED for lease in leases):
         return None
     return leases[0].error
 
 
 def estimated_wait_ms(pool: Pool, model: Model) -> int:
-    """Expected wait of a request that arrives now: its place in the queue over the slots, times a mean service."""
-    slots = sum(model.max_concurrency for lease in pool.leases.values() if lease.model == model.id) or 1
-    return int(len(pool.queues.get(model.id, ())) / slots * pool.service_ms.get(model.id, 0.0))
+    """Expected wait of a request that arrives now: the queue over the slots times a mean service, after the load."""
+    leases = [lease for lease in pool.of_model(model.id) if lease.coming]
+    slots = sum(model.max_concurrency for lease in leases) or model.max_concurrency
+    load = 0 if any(lease.state is LeaseState.ACTIVE for lease in leases) else model.load_ms
+    queue = pool.queues.get(model.id, ())
+    return load + int(len(queue) / slots * pool.service_ms.get(model.id, 0.0))

@@ -17,7 +17,7 @@ from headrace.settings import Settings
 from processors.scheduler import messages, policy
 from processors.scheduler.runner import Held, PoolRunner
 from processors.scheduler.state import Running
-from processors.scheduler.tails import Tails
+from processors.scheduler.tails import Ended, Tails
 from processors.scheduler.takeover import forgotten, oldest_live_ms, read_live, read_routed, restored, take_term
 from schemas.events import Cancellation, Routed, Stage, WorkerStatus
 from schemas.ids import is_idempotent
@@ -165,10 +165,10 @@ class Scheduler:
 
     # --- what others say --------------------------------------------------------------------------------------
 
-    async def _on_terminal(self, request_id: str) -> None:
-        self._finished[request_id] = now_ms()
+    async def _on_terminal(self, ended: Ended) -> None:
+        self._finished[ended.request_id] = now_ms()
         for runner in list(self._pools.values()):
-            if await runner.finished(request_id):
+            if await runner.finished(ended):
                 return
 
     async def _on_cancellation(self, wish: Cancellation) -> None:

@@ -15,7 +15,7 @@ from processors.scheduler import messages, policy
 from processors.scheduler.messages import Action, Event
 from processors.scheduler.recovery import Recovery
 from processors.scheduler.state import Pool, Request
-from processors.scheduler.tails import Tails
+from processors.scheduler.tails import Ended, Tails
 from schemas.control import Model, Provider
 from schemas.events import (
     NOTHING,
@@ -27,6 +27,7 @@ from schemas.events import (
     LiveRequest,
     LoadCommand,
     PoolStatus,
+    Priority,
     Routed,
     Stage,
     Status,
@@ -90,15 +91,16 @@ class PoolRunner:
     async def arrive(self, routed: Routed, offset: int) -> list[Awaitable[object]]:
         """Take a routed request; the awaitables resolve when its place is durable."""
         self.held[routed.request_id] = Held(routed, offset)
-        request = Request(routed.request_id, routed.tenant, routed.model, now_ms(), routed.deadline_ms)
+        request = waiting_request(routed, now_ms())
         return await self.post(messages.Arrived(request))
 
-    async def finished(self, request_id: str) -> bool:
+    async def finished(self, ended: Ended) -> bool:
         """The log holds a terminal: drop the request and tombstone its record. False when it is not this pool's."""
-        if self.held.pop(request_id, None) is None:
+        if self.held.pop(ended.request_id, None) is None:
             return False
-        self.bury_live(request_id)
-        await self.feed(messages.Finished(request_id))
+        self.bury_live(ended.request_id)
+        usage = ended.usage
+        await self.feed(messages.Finished(ended.request_id, usage.prompt_tokens, usage.completion_tokens))
         return True
 
     def bury_live(self, request_id: str) -> None:
@@ -144,12 +146,12 @@ class PoolRunner:
                     lost.append(action)
                 case messages.Grant(worker, boot, model):
                     self.spawn(self._grant(worker, boot, model))
-                case messages.Load(worker, boot, model, epoch):
-                    waits += await self._load(worker, boot, model, epoch)
+                case messages.Load():
+                    waits += await self._load(action)
                 case messages.Unload(worker, boot, model, epoch):
                     waits.append(await self._command(worker, UnloadCommand(self.state.term, boot, epoch, model)))
-                case messages.LeaseMoved(worker, boot, model, epoch, state, size):
-                    waits.append(await self._lease(worker, boot, model, state, epoch=epoch, size=size))
+                case messages.LeaseMoved():
+                    waits.append(await self._lease(action))
                 case messages.SendTerm(worker):
                     waits.append(await self._command(worker, TermCommand(self.state.term, self.name)))
         if lost:
@@ -210,20 +212,18 @@ class PoolRunner:
         written = await self._producer.send(LEASES.name, msgspec.json.encode(granted), key=key)
         await self.feed(messages.LeaseGranted(worker, model, written.offset))
 
-    async def _load(self, worker: str, boot: str, model_id: str, epoch: int) -> list[Awaitable[object]]:
-        model = self.state.models[model_id]
-        command = LoadCommand(self.state.term, boot, epoch, model, self.providers[model.provider])
-        return [
-            await self._command(worker, command),
-            await self._lease(worker, boot, model_id, "loading", epoch=epoch),
-        ]
+    async def _load(self, load: messages.Load) -> list[Awaitable[object]]:
+        model = self.state.models[load.model]
+        command = LoadCommand(
+            self.state.term, load.boot, load.epoch, model, self.providers[model.provider], device=load.device
+        )
+        loading = messages.LeaseMoved(load.worker, load.boot, load.model, load.epoch, "loading", model.bytes)
+        return [await self._command(load.worker, command), await self._lease(loading)]
 
-    async def _lease(
-        self, worker: str, boot: str, model: str, state: str, *, epoch: int, size: int = 0
-    ) -> Awaitable[object]:
+    async def _lease(self, moved: messages.LeaseMoved) -> Awaitable[object]:
         event = LeaseEvent(
-            f"{worker}:{model}", self.name, self.state.term, worker, model, state, now_ms(),
-            epoch=epoch, boot=boot, bytes=size,
+            f"{moved.worker}:{moved.model}", self.name, self.state.term, moved.worker, moved.model, moved.state,
+            now_ms(), epoch=moved.epoch, boot=moved.boot, bytes=moved.bytes, reason=moved.reason,
         )  # fmt: skip
         return await self._producer.post(LEASES.name, msgspec.json.encode(event), key=f"{event.lease_id}/{event.term}")
 
@@ -262,6 +262,14 @@ class PoolRunner:
         metrics.POOL_RUNNING.labels(pool=self.name).set(len(state.running))
         metrics.WORKERS.labels(pool=self.name).set(len(trusted))
         await self._producer.send(POOL_STATUS.name, msgspec.json.encode(status), key=self.name)
+
+
+def waiting_request(routed: Routed, at_ms: int) -> Request:
+    """A routed request as the policy keeps it while it waits."""
+    return Request(
+        routed.request_id, routed.tenant, routed.model, at_ms, routed.deadline_ms,
+        priority=Priority[routed.priority.upper()], prompt_tokens=routed.prompt_tokens_estimate,
+    )  # fmt: skip
 
 
 def waiting_terminal(routed: Routed, attempt: int, status: Status, error: ErrorInfo) -> Terminal:

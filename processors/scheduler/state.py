@@ -1,17 +1,18 @@
-"""What the scheduling policy knows of a pool: plain data, no I/O, no clock."""
+"""What the scheduling policy knows of a pool: plain data, no I/O, no clock. Times are Unix ms, sizes bytes."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass, field
+from enum import StrEnum
 
+from processors.scheduler.queues import Queue
 from schemas.control import Model
-from schemas.events import WorkerStatus
+from schemas.events import Priority, WorkerStatus
 
 
 @dataclass(slots=True)
 class Request:
-    """A request that waits or runs. Times are Unix ms."""
+    """A request that waits or runs."""
 
     id: str
     tenant: str
@@ -20,23 +21,75 @@ class Request:
     deadline_ms: int
     attempt: int = 1
     """The attempt that runs, or that the next assignment makes."""
+    priority: Priority = Priority.STANDARD
+    prompt_tokens: int = 0
+    """An estimate."""
+    waiting_ms: int = 0
+    """Since when it waits: its arrival, or when its worker was lost."""
+    start_by_ms: int = 0
+    """After this nobody cares for a first token; 0 for the deadline."""
+
+    @property
+    def late_ms(self) -> int:
+        """When it has waited too long."""
+        return self.start_by_ms or self.deadline_ms
+
+
+class LeaseState(StrEnum):
+    """A lease's life; it never goes back, but for an engine that died and is loaded again under the same lease."""
+
+    REQUESTED = "requested"
+    """Its grant is being written."""
+    LOADING = "loading"
+    ACTIVE = "active"
+    DRAINING = "draining"
+    """It takes no more requests, and is released when those it has are done."""
+    RELEASING = "releasing"
+    """The worker was told to unload; the bytes are held until it shows that they are free."""
+    QUARANTINED = "quarantined"
+    """The worker did not say in time that the bytes are free: they count as lost until it does."""
+    FAILED = "failed"
+    """The load failed, and nothing is held."""
 
 
 @dataclass(slots=True)
 class Lease:
-    """The right of a worker to hold a model."""
+    """The right of a worker to hold a model in the memory of a device."""
 
     worker: str
     boot: str
     model: str
+    device: str = ""
+    """Empty where the model takes none of our memory."""
+    bytes: int = 0
     epoch: int | None = None
     """None until the grant is durable."""
-    state: str = "requested"
-    """`requested`, `granted` (load asked for), `active`, `failed`."""
+    state: LeaseState = LeaseState.REQUESTED
     running: set[str] = field(default_factory=set)
     asked_ms: int = 0
     """When the lease was asked for."""
+    moved_ms: int = 0
+    """When it came into its state."""
+    used_ms: int = 0
+    """When a request was last given to it, or was done on it."""
     error: str = ""
+
+    @property
+    def granted(self) -> int:
+        """Its epoch. Raises `ValueError` before the grant is durable."""
+        if self.epoch is None:
+            raise ValueError(f"the lease of {self.model} on {self.worker} is not granted yet")
+        return self.epoch
+
+    @property
+    def holds(self) -> int:
+        """Bytes that nobody else may be granted."""
+        return 0 if self.state is LeaseState.FAILED else self.bytes
+
+    @property
+    def coming(self) -> bool:
+        """Whether it serves, or will when it is loaded."""
+        return self.state in (LeaseState.REQUESTED, LeaseState.LOADING, LeaseState.ACTIVE)
 
 
 @dataclass(slots=True)
@@ -47,7 +100,11 @@ class Running:
     worker: str
     boot: str
     epoch: int
+    began_ms: int = 0
+    """When it was assigned, or taken over."""
     cancel_asked: bool = False
+    charged_tokens: int = 0
+    """Completion tokens that its tenant was charged for."""
 
 
 @dataclass(slots=True)
@@ -59,6 +116,21 @@ class Worker:
     trusted: bool = False
     """Whether its heartbeat showed our term: every command of earlier terms has been handled there."""
 
+    @property
+    def usable(self) -> bool:
+        """Whether it may be given work."""
+        return self.trusted and not self.status.stopping
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an operator may choose."""
+
+    max_wait_ms: int = 60_000
+    """W_max: how long a queue may wait for its model while others hold the memory."""
+    residency_loads: float = 0.0
+    """An idle model keeps its memory for at least this many of its load times; 0 bore the most load in simulation."""
+
 
 @dataclass(slots=True)
 class Pool:
@@ -68,27 +140,41 @@ class Pool:
     taken_ms: int = 0
     """When this scheduler took the pool."""
     models: dict[str, Model] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    """Tenant -> share; 1 for those without one."""
+    limits: Limits = field(default_factory=Limits)
     workers: dict[str, Worker] = field(default_factory=dict)
     leases: dict[tuple[str, str], Lease] = field(default_factory=dict)
     """By (worker, model)."""
-    queues: dict[str, OrderedDict[str, Request]] = field(default_factory=dict)
-    """By model, oldest first."""
+    queues: dict[str, Queue] = field(default_factory=dict)
+    """By model."""
     running: dict[str, Running] = field(default_factory=dict)
     recovering: dict[str, Running] = field(default_factory=dict)
     """Requests whose worker was lost and whose fate is being read from their frames."""
+    deadlines: list[tuple[int, str, str]] = field(default_factory=list)
+    """A heap of (deadline, request, model) of what waits or waited."""
     early_cancels: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Cancellations that overtook their request: id -> (when, reason)."""
     service_ms: dict[str, float] = field(default_factory=dict)
     """Moving mean of a request's time on a worker, by model; for estimates of waiting."""
+    demand: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Model -> (arrivals of late, halving every minute; when that was)."""
 
     @property
     def queued(self) -> int:
         """Requests that wait, over all models."""
         return sum(len(queue) for queue in self.queues.values())
 
-    def queue(self, model: str) -> OrderedDict[str, Request]:
+    def queue(self, model: str) -> Queue:
         """The queue of a model."""
-        return self.queues.setdefault(model, OrderedDict())
+        found = self.queues.get(model)
+        if found is None:
+            found = self.queues[model] = Queue(self.weights)
+        return found
+
+    def of_model(self, model: str) -> list[Lease]:
+        """All leases on a model."""
+        return [lease for (_, held), lease in self.leases.items() if held == model]
 
     def knows(self, request_id: str, model: str) -> bool:
         """Whether the request waits, runs or is being recovered."""

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from aiokafka import TopicPartition
 
-from schemas.events import Cancellation, WorkerStatus
+from schemas.events import Cancellation, Usage, WorkerStatus
 from topics.catalogue import CANCELLATIONS, LOG, POOL_TERMS, WORKER_STATUS
 from topics.clients import LogReader, Record
 from topics.request_log import LogView
@@ -23,11 +23,12 @@ GATHER_S = 0.005
 log = structlog.get_logger(__name__)
 
 
-class _Head(msgspec.Struct, tag_field="type", tag="terminal"):
+class Ended(msgspec.Struct, tag_field="type", tag="terminal"):
     """The part of a terminal that scheduling needs."""
 
     request_id: str
     attempt: int
+    usage: Usage = msgspec.field(default_factory=Usage)
 
 
 class _Opened(msgspec.Struct, tag_field="type", tag="attempt_opened"):
@@ -35,7 +36,7 @@ class _Opened(msgspec.Struct, tag_field="type", tag="attempt_opened"):
     attempt: int
 
 
-_head = msgspec.json.Decoder(_Head | _Opened)
+_head = msgspec.json.Decoder(Ended | _Opened)
 _cancellation = msgspec.json.Decoder(Cancellation)
 _status = msgspec.json.Decoder(WorkerStatus)
 
@@ -47,7 +48,7 @@ class Tails:
         self,
         bootstrap: str,
         *,
-        on_terminal: Callable[[str], Awaitable[None]],
+        on_terminal: Callable[[Ended], Awaitable[None]],
         on_cancellation: Callable[[Cancellation], Awaitable[None]],
         on_heartbeat: Callable[[WorkerStatus], Awaitable[None]],
         on_term: Callable[[str, int], Awaitable[None]],
@@ -121,8 +122,8 @@ class Tails:
                 "unreadable", topic=record.topic, partition=record.partition, offset=record.offset, error=str(error)
             )
 
-    async def _log_record(self, head: _Head | _Opened) -> None:
+    async def _log_record(self, head: Ended | _Opened) -> None:
         if isinstance(head, _Opened):
             self.view.opened(head.request_id, head.attempt)
         elif self.view.ended(head.request_id, head.attempt):
-            await self._on_terminal(head.request_id)
+            await self._on_terminal(head)

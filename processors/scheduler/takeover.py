@@ -10,7 +10,8 @@ import structlog
 from aiokafka import TopicPartition
 
 from headrace.errors import DeadlineExceeded
-from processors.scheduler.state import Request, Running
+from processors.scheduler.runner import waiting_request
+from processors.scheduler.state import Running
 from schemas.events import LiveRequest, PoolTerm, Routed, Status, Terminal, Timings
 from topics.catalogue import LIVE, POOL_TERMS, ROUTED
 from topics.clients import LogReader, Producer
@@ -100,5 +101,6 @@ def forgotten(live: LiveRequest) -> Terminal:
 
 def restored(live: LiveRequest, routed: Routed) -> Running:
     """A live request that had been assigned, as the policy keeps it."""
-    request = Request(live.request_id, live.tenant, live.model, live.accepted_ms, routed.deadline_ms, live.attempt)
-    return Running(request, live.worker, live.boot, live.epoch)
+    request = waiting_request(routed, live.accepted_ms)
+    request.attempt = live.attempt
+    return Running(request, live.worker, live.boot, live.epoch, began_ms=now_ms())

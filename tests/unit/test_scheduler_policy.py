@@ -1,255 +1,101 @@
-"""The scheduling policy against a small world of workers that load, run, die and come back, in any order of events."""
+"""The scheduling policy in a small world of workers that load, run, die and come back; what it decides in detail."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from processors.scheduler import messages, policy
-from processors.scheduler.policy import Action, Event, step
-from processors.scheduler.state import Pool, Request
+from processors.scheduler.messages import Action
+from processors.scheduler.policy import step
+from processors.scheduler.queues import Queue
+from processors.scheduler.state import Limits, Pool, Request
 from schemas.control import Model
-from schemas.events import Resident, RunningAttempt, Status, WorkerStatus
+from schemas.events import Device, Priority, Resident, Status, WorkerStatus
+from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, World
 
 TERM = 7
-MODELS = {
-    "two": Model("two", "p", "t", max_concurrency=2),
-    "one": Model("one", "p", "t", max_concurrency=1, preload=False),
-}
-WORKERS = ("w1", "w2")
+_worker = st.sampled_from(WORKERS)
+_model = st.sampled_from(sorted(MODELS))
 
 
-@dataclass
-class Machine:
-    """A worker's process as it really is; the policy sees it only by heartbeats."""
-
-    boot: int = 0
-    alive: bool = False
-    term: int = -1
-    resident: dict[str, tuple[int, str]] = field(default_factory=dict)
-    running: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
-    """(request, attempt) -> (model, epoch)."""
-
-
-class World(RuleBasedStateMachine):
-    """Carries out the policy's actions, late or never, as real parts do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 1_000_000
-        self.pool = Pool(term=TERM, taken_ms=self.now)
-        self.machines = {name: Machine() for name in WORKERS}
-        self.epoch = 100
-        self.asked: dict[str, Request] = {}
-        self.ended: dict[str, Status] = {}
-        self.grants: list[messages.Grant] = []
-        self.recoveries: list[messages.Recover] = []
-        self.given: dict[str, int] = {}
-        """Highest attempt that was assigned."""
-        self.opened: dict[str, int] = {}
-        """Highest attempt that the log holds an opening of."""
-
-    # --- the world --------------------------------------------------------------------------------------------
-
-    def tell(self, event: Event) -> None:
-        for action in step(self.pool, event, self.now):
-            self.do(action)
-
-    def do(self, action: Action) -> None:
-        match action:
-            case messages.SendTerm(worker):
-                self.machines[worker].term = TERM
-            case messages.Grant():
-                self.grants.append(action)
-            case messages.Load(worker, boot, model, epoch):
-                machine = self.machines[worker]
-                if boot == str(machine.boot) and machine.alive:
-                    machine.resident[model] = (epoch, "loading")
-            case messages.Unload(worker, _, model, _):
-                self.machines[worker].resident.pop(model, None)
-            case messages.Assign(request, worker, boot, epoch):
-                self.assigned(request, worker, boot, epoch)
-            case messages.CancelRunning(request_id, worker, _, status):
-                for attempt in [key for key in self.machines[worker].running if key[0] == request_id]:
-                    del self.machines[worker].running[attempt]
-                    self.finish(request_id, attempt[1], status)
-            case messages.End(request, status, _, _):
-                assert request.id not in self.ended, "a request ends once"
-                self.finish(request.id, request.attempt, status)
-            case messages.Recover():
-                self.recoveries.append(action)
-            case messages.Enqueued() | messages.LeaseMoved():
-                pass
-
-    def assigned(self, request: Request, worker: str, boot: str, epoch: int) -> None:
-        assert request.id not in self.ended, "what has ended is not begun again"
-        known = self.pool.workers[worker]
-        assert known.trusted and known.status.boot == boot and known.status.term == TERM
-        assert not known.status.stopping
-        lease = self.pool.leases[worker, request.model]
-        assert lease.epoch == epoch and lease.state == "active"
-        assert request.attempt > self.given.get(request.id, 0), "each assignment is an attempt of its own"
-        assert request.attempt == self.opened.get(request.id, 1), "an attempt is opened before it is assigned"
-        self.given[request.id] = request.attempt
-        machine = self.machines[worker]
-        if machine.alive and str(machine.boot) == boot:
-            machine.running[request.id, request.attempt] = (request.model, epoch)
-
-    def finish(self, request_id: str, attempt: int, status: Status) -> None:
-        """The log takes a terminal, if it is the one that decides."""
-        if request_id in self.ended or attempt < self.opened.get(request_id, 1):
-            return
-        self.ended[request_id] = status
-        self.later.append(request_id)
+class Walk(RuleBasedStateMachine):
+    """Whatever happens, in any order; the world checks what must hold after every step."""
 
     @initialize()
     def begin(self) -> None:
-        self.later: list[str] = []
-        self.tell(messages.ModelsChanged(dict(MODELS)))
-        self.healthy("w1")
+        self.world = World()
+        self.world.healthy("w1")
 
-    # --- what happens -----------------------------------------------------------------------------------------
+    @rule(model=_model, patience_ms=st.integers(50, 60_000), tenant=st.sampled_from(TENANTS), data=st.data())
+    def arrive(self, model: str, patience_ms: int, tenant: str, data: st.DataObject) -> None:
+        self.world.arrive(model, patience_ms, tenant, data.draw(st.sampled_from(Priority)))
 
-    @rule(model=st.sampled_from(sorted(MODELS)), patience=st.integers(50, 60_000))
-    def arrive(self, model: str, patience: int) -> None:
-        request = Request(f"r{len(self.asked)}", "t", model, self.now, self.now + patience)
-        self.asked[request.id] = request
-        self.tell(messages.Arrived(request))
+    @rule(count=st.integers(2, 6), model=_model)
+    def rush(self, count: int, model: str) -> None:
+        for _ in range(count):
+            self.world.arrive(model, 60_000)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        known = st.sampled_from(sorted(self.asked)) if self.asked else st.just("early")
-        self.tell(messages.CancelAsked(data.draw(known), "left"))
+        self.world.cancel(data.draw(st.sampled_from(sorted(self.world.asked) or ["early"])))
 
-    @rule(name=st.sampled_from(WORKERS))
+    @rule(name=_worker)
     def boot(self, name: str) -> None:
-        self.machines[name] = Machine(self.machines[name].boot + 1, alive=True)
+        self.world.boot(name)
 
-    @rule(name=st.sampled_from(WORKERS))
+    @rule(name=_worker)
     def healthy(self, name: str) -> None:
-        """All that it takes until a worker serves; otherwise few runs would come this far."""
-        if not self.machines[name].alive:
-            self.boot(name)
-        for _ in range(4):
-            self.heartbeat(name, stopping=False)
-            while self.grants:
-                self.grant()
-            self.loaded(name, "active")
+        self.world.healthy(name)
 
-    @rule(count=st.integers(2, 6), model=st.sampled_from(sorted(MODELS)))
-    def rush(self, count: int, model: str) -> None:
-        for _ in range(count):
-            self.arrive(model, 60_000)
-
-    @rule(name=st.sampled_from(WORKERS))
+    @rule(name=_worker)
     def die(self, name: str) -> None:
-        machine = self.machines[name]
-        machine.alive = False
-        machine.running.clear()
+        self.world.die(name)
 
-    @rule(name=st.sampled_from(WORKERS), stopping=st.sampled_from([False, False, False, True]))
+    @rule()
+    def take_over(self) -> None:
+        self.world.take_over()
+
+    @rule(name=_worker, stopping=st.sampled_from([False, False, False, True]))
     def heartbeat(self, name: str, stopping: bool) -> None:
-        machine = self.machines[name]
-        if not machine.alive:
-            return
-        resident = [Resident(model, epoch, state) for model, (epoch, state) in machine.resident.items()]
-        running = [RunningAttempt(key[0], key[1], epoch) for key, (_, epoch) in machine.running.items()]
-        self.tell(
-            messages.WorkerSeen(
-                WorkerStatus(
-                    name, str(machine.boot), "default", machine.term, self.now,
-                    providers=["p"], resident=resident, running=running, stopping=stopping,
-                )
-            )
-        )  # fmt: skip
+        self.world.heartbeat(name, stopping=stopping)
 
-    @precondition(lambda self: self.grants)
     @rule()
     def grant(self) -> None:
-        granted = self.grants.pop(0)
-        self.epoch += 1
-        self.tell(messages.LeaseGranted(granted.worker, granted.model, self.epoch))
+        self.world.grant()
 
-    @rule(name=st.sampled_from(WORKERS), state=st.sampled_from(["active", "active", "failed"]))
-    def loaded(self, name: str, state: str) -> None:
-        for model, (epoch, held) in list(self.machines[name].resident.items()):
-            if held == "loading":
-                self.machines[name].resident[model] = (epoch, state)
+    @rule(name=_worker, state=st.sampled_from(["active", "active", "failed"]))
+    def settle(self, name: str, state: str) -> None:
+        self.world.settle(name, state)
 
-    @rule(name=st.sampled_from(WORKERS))
+    @rule(name=_worker)
     def complete(self, name: str) -> None:
-        machine = self.machines[name]
-        if machine.running:
-            request_id, attempt = next(iter(machine.running))
-            del machine.running[request_id, attempt]
-            self.finish(request_id, attempt, Status.COMPLETED)
+        self.world.generate(name)
+        self.world.complete(name)
 
-    @precondition(lambda self: self.later)
     @rule()
-    def log_is_read(self) -> None:
-        self.tell(messages.Finished(self.later.pop(0)))
+    def read_log(self) -> None:
+        self.world.read_log()
 
-    @precondition(lambda self: self.recoveries)
     @rule(empty=st.booleans())
     def recover(self, empty: bool) -> None:
-        lost = self.recoveries.pop(0)
-        request = lost.running.request
-        self.opened[request.id] = request.attempt + 1
-        if request.id in self.ended:
-            return  # read in the log, past the opening
-        if empty and lost.may_retry:
-            self.tell(messages.AttemptEmpty(request.id, request.attempt + 1))
-        else:
-            self.finish(request.id, request.attempt + 1, Status.FAILED)
+        self.world.recover(empty=empty)
 
     @rule(ms=st.sampled_from([50, 500, 3_000, 7_000]))
-    def time_passes(self, ms: int) -> None:
-        self.now += ms
-        self.tell(messages.Tick())
-
-    # --- what always holds ------------------------------------------------------------------------------------
-
-    @invariant()
-    def no_more_run_than_a_model_takes(self) -> None:
-        for lease in self.pool.leases.values():
-            assert len(lease.running) <= MODELS[lease.model].max_concurrency
-
-    @invariant()
-    def each_request_is_in_one_place(self) -> None:
-        queued = [request_id for queue in self.pool.queues.values() for request_id in queue]
-        places = [*queued, *self.pool.running, *self.pool.recovering]
-        assert len(places) == len(set(places))
-        for request_id in self.asked:
-            assert request_id in self.ended or request_id in places, f"{request_id} was lost"
-
-    @invariant()
-    def slots_are_held_by_what_runs(self) -> None:
-        for place, lease in self.pool.leases.items():
-            for request_id in lease.running:
-                running = self.pool.running[request_id]
-                assert (running.worker, running.request.model) == place
+    def pass_time(self, ms: int) -> None:
+        self.world.pass_time(ms)
 
     def teardown(self) -> None:
-        """With healthy workers and time, every request comes to its end."""
-        for _ in range(400):
-            if set(self.asked) <= set(self.ended):
-                break
-            for name in WORKERS:
-                self.healthy(name)
-                self.complete(name)
-            while self.recoveries:
-                self.recover(empty=True)
-            while self.later:
-                self.log_is_read()
-            self.time_passes(500)
-        assert set(self.asked) <= set(self.ended), sorted(set(self.asked) - set(self.ended))
+        if hasattr(self, "world"):
+            self.world.finish_all()
 
 
-World.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
-TestPolicy = World.TestCase
+Walk.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestWalk = Walk.TestCase
 
 
 def ready(models: dict[str, Model]) -> Pool:
@@ -277,11 +123,11 @@ def test_first_come_first_served() -> None:
 
 
 def test_nothing_is_given_to_a_worker_that_does_not_show_our_term() -> None:
-    pool = Pool(term=TERM, models=dict(MODELS))
+    pool = Pool(term=TERM, models={"two": Model("two", "p", "t")})
     old = WorkerStatus("w1", "b1", "default", TERM - 1, 0, providers=["p"], resident=[Resident("two", 3, "active")])
     assert step(pool, messages.WorkerSeen(old), 0) == [messages.SendTerm("w1")]
     assert step(pool, messages.Arrived(Request("r", "t", "two", 0, 9_999)), 0) == [
-        messages.Enqueued(pool.queue("two")["r"])
+        messages.Enqueued(next(iter(pool.queue("two"))))
     ]
 
 
@@ -293,7 +139,7 @@ def test_a_cancellation_that_overtakes_its_request_ends_it() -> None:
 
 
 def test_a_full_queue_sheds() -> None:
-    pool = Pool(term=TERM, models=dict(MODELS))
+    pool = Pool(term=TERM, models={"two": Model("two", "p", "t")})
     for number in range(policy.MAX_QUEUE):
         step(pool, messages.Arrived(Request(f"r{number}", "t", "two", 0, 9_999)), 0)
     [end] = step(pool, messages.Arrived(Request("over", "t", "two", 0, 9_999)), 0)
@@ -309,3 +155,265 @@ def test_a_deadline_ends_what_waits_and_what_runs() -> None:
     assert isinstance(waits, messages.End) and (waits.request.id, waits.status) == ("waits", Status.EXPIRED)
     assert isinstance(runs, messages.CancelRunning) and (runs.request_id, runs.status) == ("runs", Status.EXPIRED)
     assert step(pool, messages.Tick(), 502) == [], "each is told once"
+
+
+# --- fairness -----------------------------------------------------------------------------------------------------
+
+
+def test_tenants_with_a_backlog_are_served_alike_within_the_bound() -> None:
+    """|Wf - Wg| <= 2 max(wp L, wq M) over any interval in which both have a backlog (Sheng et al. 2024, theorem 4.4).
+
+    L is the longest prompt, M the most completion tokens of what runs at once.
+    """
+    chance = random.Random(3)
+    longest_prompt, longest_answer, slots = 400, 200, 4
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=slots)})
+    served = dict.fromkeys(TENANTS, 0.0)
+    seen: list[dict[str, float]] = []
+    running: list[Request] = []
+    asked = 0
+
+    def note(actions: list[Action]) -> None:
+        running.extend(action.request for action in actions if isinstance(action, messages.Assign))
+        for action in actions:
+            if isinstance(action, messages.Assign):
+                served[action.request.tenant] += action.request.prompt_tokens
+
+    for _ in range(3_000):
+        for tenant in TENANTS:  # the greedy one asks for ten times as much
+            while sum(one.tenant == tenant for one in pool.queue("one")) < (50 if tenant == "a" else 5):
+                asked += 1
+                prompt = chance.randint(1, longest_prompt)
+                request = Request(f"r{asked}", tenant, "one", 0, 10**12, prompt_tokens=prompt)
+                note(step(pool, messages.Arrived(request), 0))
+        done = running.pop(chance.randrange(len(running)))
+        answer = chance.randint(1, longest_answer)
+        served[done.tenant] += 2 * answer
+        note(step(pool, messages.Finished(done.id, done.prompt_tokens, answer), 0))
+        seen.append(dict(served))
+    bound = 2 * max(longest_prompt, 2 * slots * longest_answer)
+    for one in TENANTS:
+        for other in TENANTS:
+            gaps = [at[one] - at[other] for at in seen]
+            assert max(gaps) - min(gaps) <= bound, "no interval has a larger difference"
+
+
+def test_weights_are_shares() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    pool.weights["a"] = 3.0
+    for number in range(80):
+        step(pool, messages.Arrived(Request(f"r{number}", "ab"[number % 2], "one", 0, 10**9)), 0)
+    served = []
+    for _ in range(40):
+        [running] = pool.running.values()
+        served.append(running.request.tenant)
+        step(pool, messages.Finished(running.request.id, 0, 10), 0)
+    assert served.count("a") == pytest.approx(30, abs=2)
+
+
+def test_who_comes_back_has_saved_nothing_up() -> None:
+    queue = Queue({})
+    queue.add(Request("x", "idle", "m", 0, 1))
+    queue.remove("x")
+    queue.add(Request("y", "busy", "m", 0, 1))
+    queue.charge("busy", 1_000.0)
+    queue.add(Request("z", "idle", "m", 0, 1))
+    assert queue.counters["idle"] == queue.counters["busy"] == 1_000.0
+
+
+def test_priorities_go_first_and_batch_leaves_a_slot() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=2)})
+    begun: list[str] = []
+    for name, priority in (("b1", 2), ("b2", 2), ("s1", 1), ("s2", 1), ("i1", 0)):
+        request = Request(name, "t", "one", 0, 10**9, priority=Priority(priority))
+        actions = step(pool, messages.Arrived(request), 0)
+        begun += [action.request.id for action in actions if isinstance(action, messages.Assign)]
+    assert begun == ["b1", "s1"]
+    for _ in range(3):
+        actions = step(pool, messages.Finished(begun[-1]), 0)
+        begun += [action.request.id for action in actions if isinstance(action, messages.Assign)]
+    assert begun == ["b1", "s1", "i1", "s2"], "b2 waits for an idle slot beside it"
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+class Machine:
+    """One worker with one device that obeys at once; what it loads takes `load_ms`."""
+
+    def __init__(self, size: int, models: list[Model], limits: Limits | None = None) -> None:
+        self.pool = Pool(term=TERM, limits=limits or Limits())
+        self.size = size
+        self.now = 0
+        self.epoch = 0
+        self.resident: dict[str, tuple[int, str, int]] = {}
+        self.assigned: list[tuple[int, str]] = []
+        self.ended: list[messages.End] = []
+        self.loads: list[tuple[int, str]] = []
+        self.tell(messages.ModelsChanged({model.id: model for model in models}))
+        self.beat()
+
+    def tell(self, event: messages.Event) -> None:
+        for action in step(self.pool, event, self.now):
+            match action:
+                case messages.Grant(worker, _, model):
+                    self.epoch += 1
+                    self.tell(messages.LeaseGranted(worker, model, self.epoch))
+                case messages.Load(_, _, model, epoch):
+                    self.loads.append((self.now, model))
+                    self.resident[model] = (epoch, "loading", self.now + self.pool.models[model].load_ms)
+                case messages.Unload(_, _, model, _):
+                    self.resident.pop(model)
+                case messages.Assign(request):
+                    self.assigned.append((self.now, request.id))
+                case messages.End():
+                    self.ended.append(action)
+
+    def beat(self) -> None:
+        for model, (epoch, state, until) in self.resident.items():
+            if state == "loading" and self.now >= until:
+                self.resident[model] = (epoch, "active", until)
+        shown = [Resident(model, epoch, state, device="d") for model, (epoch, state, _) in self.resident.items()]
+        self.tell(
+            messages.WorkerSeen(
+                WorkerStatus(
+                    "w1", "b1", "default", TERM, self.now, providers=["p"], resident=shown,
+                    devices=[Device("d", self.size)],
+                )
+            )
+        )  # fmt: skip
+
+    def run(self, ms: int) -> None:
+        for _ in range(ms // 250):
+            self.now += 250
+            self.beat()
+            self.tell(messages.Tick())
+
+    def ask(self, name: str, model: str, priority: Priority = Priority.STANDARD) -> None:
+        self.tell(messages.Arrived(Request(name, "t", model, self.now, self.now + 10**9, priority=priority)))
+
+    def done(self, name: str) -> None:
+        self.tell(messages.Finished(name, 1, 1))
+
+    @property
+    def held(self) -> set[str]:
+        return set(self.resident)
+
+
+def _sized(name: str, size: int, load_ms: int = 1_000, **fields: object) -> Model:
+    return Model(name, "p", "t", bytes=size, load_ms=load_ms, preload=False, **fields)  # type: ignore[arg-type]
+
+
+def test_the_cheapest_idle_set_that_suffices_gives_way() -> None:
+    machine = Machine(10, [_sized("dear", 4, 9_000), _sized("cheap", 4), _sized("small", 2), _sized("new", 4)])
+    for model in ("dear", "cheap", "small"):
+        machine.ask(model, model)
+        machine.run(10_000)
+        machine.done(model)
+    machine.run(60_000)
+    machine.ask("r", "new")
+    machine.run(2_000)
+    assert machine.held == {"dear", "small", "new"}, "one of the right size, and the cheaper to load again"
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    machine = Machine(10, [_sized("huge", 11)])
+    machine.ask("r", "huge")
+    [end] = machine.ended
+    assert end.status is Status.REJECTED and "11 bytes" in end.message
+    machine.run(1_000)
+    assert not machine.loads
+
+
+def test_a_pinned_model_stays_whoever_waits() -> None:
+    machine = Machine(10, [_sized("kept", 6, pinned=True), _sized("other", 6)])
+    machine.run(2_000)
+    assert machine.held == {"kept"}, "it is loaded without being asked for"
+    machine.ask("r", "other")
+    machine.run(300_000)
+    assert machine.held == {"kept"}
+
+
+def test_a_queue_has_its_model_within_the_longest_wait() -> None:
+    """Another model is always in use, and its requests never stop coming."""
+    limits = Limits(max_wait_ms=20_000, residency_loads=100.0)
+    machine = Machine(10, [_sized("busy", 8, max_concurrency=1), _sized("rare", 8, max_concurrency=1)], limits)
+    machine.ask("b0", "busy")
+    for number in range(1, 9):
+        machine.ask(f"b{number}", "busy")
+    machine.run(2_000)
+    machine.ask("rare", "rare")
+    asked = machine.now
+    for _ in range(30):
+        machine.run(1_000)
+        for running in list(machine.pool.running):
+            machine.done(running)
+            machine.ask(f"again-{machine.now}-{running}", "busy")
+        if any(name == "rare" for _, name in machine.assigned):
+            break
+    [(at, _)] = [begun for begun in machine.assigned if begun[1] == "rare"]
+    assert at - asked <= limits.max_wait_ms
+
+
+def test_batch_work_takes_memory_from_nobody_who_works() -> None:
+    machine = Machine(10, [_sized("used", 8), _sized("batch", 8)])
+    machine.ask("u", "used")
+    machine.run(2_000)
+    machine.ask("b", "batch", Priority.BATCH)
+    machine.run(200_000)
+    assert machine.held == {"used"}
+    machine.done("u")
+    machine.run(3_000)
+    assert machine.held == {"batch"}
+
+
+def test_a_model_is_unloaded_when_its_keep_alive_has_passed() -> None:
+    machine = Machine(10, [_sized("brief", 4, keep_alive_ms=5_000)])
+    machine.ask("r", "brief")
+    machine.run(10_000)
+    assert machine.held == {"brief"}, "it is in use"
+    machine.done("r")
+    machine.run(4_000)
+    assert machine.held == {"brief"}
+    machine.run(2_000)
+    assert machine.held == set()
+
+
+def test_memory_that_is_not_seen_to_be_free_is_quarantined() -> None:
+    machine = Machine(10, [_sized("old", 8), _sized("new", 8)])
+    machine.ask("o", "old")
+    machine.run(2_000)
+    machine.done("o")
+    machine.run(60_000)
+    keeps = machine.resident["old"]
+    machine.ask("n", "new")
+    machine.resident["old"] = keeps  # told to unload, it still shows the model
+    machine.run(40_000)
+    assert [model for _, model in machine.loads] == ["old"]
+    lease = machine.pool.leases["w1", "old"]
+    assert lease.state == "quarantined" and lease.holds == 8
+    del machine.resident["old"]
+    machine.run(2_000)
+    assert machine.held == {"new"}
+
+
+def test_a_worker_that_joins_holds_what_takes_no_memory_too() -> None:
+    pool = ready({"one": Model("one", "p", "t")})
+    joined = WorkerStatus("w2", "b1", "default", TERM, 0, providers=["p"])
+    assert step(pool, messages.WorkerSeen(joined), 0) == [messages.Grant("w2", "b1", "one")]
+
+
+def test_a_load_that_failed_is_tried_again_for_the_next_who_asks() -> None:
+    machine = Machine(10, [_sized("flaky", 4)])
+    machine.ask("first", "flaky")
+    epoch, _, until = machine.resident["flaky"]
+    machine.resident["flaky"] = (epoch, "failed", until)
+    machine.run(500)
+    [end] = machine.ended
+    assert (end.request.id, end.status, end.code) == ("first", Status.FAILED, "provider_error")
+    machine.ask("at once", "flaky")
+    assert len(machine.ended) == 2, "it is not tried for each"
+    machine.run(6_000)
+    machine.ask("later", "flaky")
+    machine.run(2_000)
+    assert [name for _, name in machine.assigned] == ["later"]

@@ -1,0 +1,318 @@
+"""Which model gets the memory of which device, and who has to give it back. Pure, as the policy that calls it.
+
+A model that takes none of our memory is held by every worker that serves it. Another one that is wanted and not held
+takes free memory where it fits tightest. Where nothing is free, the cheapest set
+of held models that suffices is drained: idle ones first, by what it would cost to need them again (expected requests x
+load time) for the memory they give. A model in use gives way only to a queue that is about to wait for longer than
+W_max: in simulation (`bench/scheduler`) each rule by which it gave way sooner cost more in loads than it won. The
+memory of pinned models, and memory that is not seen to be free, is never granted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from processors.scheduler.messages import Action, Grant, LeaseMoved, Unload
+from processors.scheduler.state import Lease, LeaseState, Pool, Worker
+from schemas.control import Model
+
+RELOAD_AFTER_MS = 5_000
+"""A model whose load failed is tried again after this long."""
+RELEASE_TIMEOUT_MS = 30_000
+"""A worker that does not show the memory free after this long has it quarantined."""
+DEMAND_HALF_LIFE_MS = 60_000
+
+
+class Place(NamedTuple):
+    """A device of a worker."""
+
+    worker: str
+    device: str
+
+
+class _Wish(NamedTuple):
+    """A model that is wanted and that nobody holds."""
+
+    model: Model
+    waited_ms: int
+    """How long its oldest request has waited."""
+    may_evict: bool
+    """Whether somebody waits for it; a model that is only to be there at hand takes free memory."""
+    batch_only: bool
+
+
+# --- leases move ----------------------------------------------------------------------------------------------------
+
+
+def move(lease: Lease, state: LeaseState, now_ms: int, *, reason: str = "") -> list[Action]:
+    """Bring a lease into a state, and say so once it has an epoch."""
+    lease.state, lease.moved_ms = state, now_ms
+    if lease.epoch is None or state is LeaseState.REQUESTED:
+        return []
+    shown = "free" if state is LeaseState.FAILED else str(state)
+    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, shown, lease.bytes, reason)]
+
+
+def drain(lease: Lease, now_ms: int, reason: str) -> list[Action]:
+    """Let an active lease end when its requests have; there is no way back."""
+    return [*move(lease, LeaseState.DRAINING, now_ms, reason=reason), *release_drained(lease, now_ms)]
+
+
+def release_drained(lease: Lease, now_ms: int) -> list[Action]:
+    """Give the memory back if the lease drains and nothing runs on it any more."""
+    if lease.state is not LeaseState.DRAINING or lease.running or lease.epoch is None:
+        return []
+    moved = move(lease, LeaseState.RELEASING, now_ms)
+    return [Unload(lease.worker, lease.boot, lease.model, lease.epoch), *moved]
+
+
+def freed(pool: Pool, lease: Lease) -> list[Action]:
+    """The worker shows that it no longer holds the model."""
+    del pool.leases[lease.worker, lease.model]
+    if lease.epoch is None:
+        return []
+    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, "free", lease.bytes)]
+
+
+def time_out(pool: Pool, now_ms: int) -> list[Action]:
+    """Quarantine what is not seen to be free in time; release what was kept alive for long enough."""
+    actions: list[Action] = []
+    for lease in list(pool.leases.values()):
+        model = pool.models.get(lease.model)
+        if lease.state is LeaseState.FAILED and model is None:
+            del pool.leases[lease.worker, lease.model]
+        elif lease.state is LeaseState.RELEASING and now_ms - lease.moved_ms >= RELEASE_TIMEOUT_MS:
+            actions += move(lease, LeaseState.QUARANTINED, now_ms, reason="not seen to be free")
+        elif lease.state is LeaseState.ACTIVE and model is None:
+            actions += drain(lease, now_ms, "the model was removed")
+        elif lease.state is LeaseState.ACTIVE and model is not None and _kept_long_enough(pool, lease, model, now_ms):
+            actions += drain(lease, now_ms, "not used for its keep-alive")
+    return actions
+
+
+def _kept_long_enough(pool: Pool, lease: Lease, model: Model, now_ms: int) -> bool:
+    if model.keep_alive_ms is None or model.pinned or _busy(pool, lease):
+        return False
+    return now_ms - max(lease.used_ms, lease.moved_ms) >= model.keep_alive_ms
+
+
+def _may_retry(lease: Lease, now_ms: int) -> bool:
+    return lease.state is LeaseState.FAILED and now_ms - lease.moved_ms >= RELOAD_AFTER_MS
+
+
+def due_again(pool: Pool, model: str, now_ms: int) -> bool:
+    """Whether a load of the model that failed may be tried again."""
+    return any(_may_retry(lease, now_ms) for lease in pool.of_model(model))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def held_bytes(pool: Pool) -> Counter[Place]:
+    """Bytes that leases hold, by device."""
+    held: Counter[Place] = Counter()
+    for lease in pool.leases.values():
+        held[Place(lease.worker, lease.device)] += lease.holds
+    return held
+
+
+def can_ever_fit(pool: Pool, model: Model) -> bool:
+    """Whether some worker that is there could hold the model alone; True while none is there that serves it."""
+    sizes = [
+        device.bytes
+        for worker in pool.workers.values()
+        if worker.usable and model.provider in worker.status.providers
+        for device in worker.status.devices
+    ]
+    return not sizes or model.bytes <= max(sizes)
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def place(pool: Pool, now_ms: int) -> list[Action]:
+    """Ask for leases on what is wanted, and drain what must give way."""
+    planner = _Planner(pool, now_ms)
+    for model in pool.models.values():
+        if model.preload or model.pinned or pool.queues.get(model.id):
+            planner.spread(model)
+    for wish in sorted(_wishes(pool, now_ms), key=lambda w: (not w.may_evict, w.batch_only, -w.waited_ms, w.model.id)):
+        planner.grant(wish)
+    for model in pool.models.values():
+        if model.id in pool.queues and _short_of_slots(pool, model):
+            planner.widen(model)
+    return planner.actions
+
+
+def _wishes(pool: Pool, now_ms: int) -> Iterator[_Wish]:
+    coming = {lease.model for lease in pool.leases.values() if lease.coming}
+    for model in pool.models.values():
+        queue = pool.queues.get(model.id)
+        if model.id in coming or not model.bytes or not (queue or model.preload or model.pinned):
+            continue
+        pressing = queue.oldest(batch=False) if queue else None
+        oldest = pressing or (queue.oldest() if queue else None)
+        waited = now_ms - oldest.waiting_ms if oldest is not None else 0
+        yield _Wish(model, waited, oldest is not None, pressing is None)
+
+
+def _short_of_slots(pool: Pool, model: Model) -> bool:
+    if not model.bytes:
+        return False
+    leases = [lease for lease in pool.of_model(model.id) if lease.coming]
+    slots = sum(model.max_concurrency - len(lease.running) for lease in leases)
+    return bool(leases) and len(pool.queues[model.id]) > slots
+
+
+def _busy(pool: Pool, lease: Lease) -> bool:
+    return bool(lease.running or pool.queues.get(lease.model))
+
+
+class _Planner:
+    """One look at a pool; what it grants and claims counts for the next wish."""
+
+    def __init__(self, pool: Pool, now_ms: int) -> None:
+        self.actions: list[Action] = []
+        self._pool = pool
+        self._now = now_ms
+        self._held = held_bytes(pool)
+        self._claimed: Counter[Place] = Counter()
+        """Bytes that wishes before this one wait for."""
+
+    def spread(self, model: Model) -> None:
+        """Have every worker hold a model that takes no memory there that is counted."""
+        for name, worker in self._workers(model):
+            if not model.bytes or not worker.status.devices:
+                self._ask(model, Place(name, ""))
+
+    def grant(self, wish: _Wish) -> None:
+        """Give a model memory, or have memory made free for it."""
+        model = wish.model
+        places = list(self._places(model))
+        fitting = [spot for spot in places if self._free(spot) >= model.bytes]
+        if fitting:
+            self._ask(model, min(fitting, key=self._free))
+        elif wish.may_evict and places:
+            self._make_room(wish, places)
+
+    def widen(self, model: Model) -> None:
+        """Serve a model with more waiting than slots from further workers, where that takes nothing from others."""
+        for spot in self._places(model):
+            if self._free(spot) >= model.bytes:
+                self._ask(model, spot)
+                return
+
+    def _workers(self, model: Model) -> Iterator[tuple[str, Worker]]:
+        """Workers that serve the model's provider and have no lease on it."""
+        for name, worker in self._pool.workers.items():
+            if worker.usable and model.provider in worker.status.providers:
+                lease = self._pool.leases.get((name, model.id))
+                if lease is None or _may_retry(lease, self._now):
+                    yield name, worker
+
+    def _places(self, model: Model) -> Iterator[Place]:
+        """The devices of those workers."""
+        for name, worker in self._workers(model):
+            yield from (Place(name, device.id) for device in worker.status.devices)
+
+    def _total(self, spot: Place) -> int:
+        devices = self._pool.workers[spot.worker].status.devices
+        return next((device.bytes for device in devices if device.id == spot.device), 0)
+
+    def _free(self, spot: Place) -> int:
+        return self._total(spot) - self._held[spot] - self._claimed[spot]
+
+    def _ask(self, model: Model, spot: Place) -> None:
+        status = self._pool.workers[spot.worker].status
+        size = model.bytes if spot.device else 0
+        self._pool.leases[spot.worker, model.id] = Lease(
+            spot.worker, status.boot, model.id, spot.device, size, asked_ms=self._now, moved_ms=self._now
+        )
+        self._held[spot] += size
+        self.actions.append(Grant(spot.worker, status.boot, model.id))
+
+    # --- making room ----------------------------------------------------------------------------------------------
+
+    def _make_room(self, wish: _Wish, places: list[Place]) -> None:
+        """Wait for memory that is on its way back, else drain the cheapest set that suffices."""
+        leaving = self._leaving()
+        for spot in places:
+            if self._free(spot) + leaving[spot] >= wish.model.bytes:
+                self._claimed[spot] += wish.model.bytes
+                return
+        options = [
+            (spot, chosen) for spot in places if (chosen := self._victims(wish, spot, leaving[spot])) is not None
+        ]
+        if not options:
+            return
+        spot, victims = min(options, key=lambda option: (sum(map(self._cost, option[1])), option[0]))
+        self._claimed[spot] += wish.model.bytes
+        for lease in victims:
+            self.actions += drain(lease, self._now, f"makes room for {wish.model.id}")
+
+    def _leaving(self) -> Counter[Place]:
+        leaving: Counter[Place] = Counter()
+        for lease in self._pool.leases.values():
+            if lease.state in (LeaseState.DRAINING, LeaseState.RELEASING):
+                leaving[Place(lease.worker, lease.device)] += lease.holds
+        return leaving
+
+    def _victims(self, wish: _Wish, spot: Place, leaving: int) -> list[Lease] | None:
+        """The cheapest of the leases on a device that may be taken and suffice; None when they do not."""
+        missing = wish.model.bytes - self._free(spot) - leaving
+        candidates = sorted(
+            (
+                lease
+                for lease in self._pool.leases.values()
+                if (lease.worker, lease.device) == spot and lease.bytes and self._may_take(wish, lease)
+            ),
+            key=lambda lease: (_busy(self._pool, lease), self._cost(lease) / lease.bytes, lease.model),
+        )
+        chosen: list[Lease] = []
+        for lease in candidates:
+            if missing <= 0:
+                break
+            chosen.append(lease)
+            missing -= lease.bytes
+        if missing > 0:
+            return None
+        for lease in sorted(chosen, key=self._cost, reverse=True):
+            if missing + lease.bytes <= 0:
+                chosen.remove(lease)
+                missing += lease.bytes
+        return chosen
+
+    def _may_take(self, wish: _Wish, lease: Lease) -> bool:
+        model = self._pool.models.get(lease.model)
+        if lease.state is not LeaseState.ACTIVE or (model is not None and model.pinned):
+            return False
+        if self._must_have(wish, lease):
+            return True
+        had_its_turn = self._now - lease.moved_ms >= self._pool.limits.residency_loads * self._load_ms(lease)
+        return had_its_turn and not _busy(self._pool, lease)
+
+    def _must_have(self, wish: _Wish, lease: Lease) -> bool:
+        """Whether the queue would wait for longer than W_max if this lease was not drained now."""
+        needs = wish.model.load_ms + 2 * self._pool.service_ms.get(lease.model, 0.0)
+        return not wish.batch_only and wish.waited_ms + needs >= self._pool.limits.max_wait_ms
+
+    def _load_ms(self, lease: Lease) -> int:
+        model = self._pool.models.get(lease.model)
+        return model.load_ms if model is not None else 0
+
+    def _cost(self, lease: Lease) -> float:
+        """Expected time to load it again: how often it is asked for, times its load."""
+        return demand(self._pool, lease.model, self._now) * max(1, self._load_ms(lease))
+
+
+def demand(pool: Pool, model: str, now_ms: int) -> float:
+    """Requests for a model of late; each counts half after `DEMAND_HALF_LIFE_MS`."""
+    count, at_ms = pool.demand.get(model, (0.0, now_ms))
+    return float(count * 0.5 ** ((now_ms - at_ms) / DEMAND_HALF_LIFE_MS))
+
+
+def count_demand(pool: Pool, model: str, now_ms: int) -> None:
+    """A request for the model has come."""
+    pool.demand[model] = (demand(pool, model, now_ms) + 1.0, now_ms)

@@ -1,0 +1,331 @@
+"""A small world for the scheduling policy: workers with memory, a log, callers; and what must hold after every step.
+
+Nothing here knows how the policy decides. Memory is counted on the machines, not in the policy's books.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from processors.scheduler import messages, policy
+from processors.scheduler.messages import Action, Event
+from processors.scheduler.state import LeaseState, Limits, Pool, Request, Running
+from schemas.control import Model
+from schemas.events import Device, Priority, Resident, RunningAttempt, Status, WorkerStatus
+
+SIZE = 10
+"""Bytes of each machine's device."""
+MODELS = {
+    "one": Model("one", "p", "t", max_concurrency=1, bytes=6, load_ms=400),
+    "two": Model("two", "p", "t", max_concurrency=2, bytes=5, load_ms=200, preload=False),
+    "three": Model("three", "p", "t", max_concurrency=2, bytes=4, load_ms=100, preload=False, keep_alive_ms=5_000),
+    "pinned": Model("pinned", "p", "t", max_concurrency=1, bytes=1, load_ms=100, preload=False, pinned=True),
+    "remote": Model("remote", "q", "t", max_concurrency=2),
+}
+LIMITS = Limits(max_wait_ms=3_000)
+"""So short that models in use have to give way."""
+WORKERS = ("w1", "w2")
+TENANTS = ("a", "b", "c")
+_LATER = {
+    LeaseState.DRAINING: {LeaseState.DRAINING, LeaseState.RELEASING, LeaseState.QUARANTINED, LeaseState.FAILED},
+    LeaseState.RELEASING: {LeaseState.RELEASING, LeaseState.QUARANTINED},
+    LeaseState.QUARANTINED: {LeaseState.QUARANTINED},
+    LeaseState.FAILED: {LeaseState.FAILED},
+}
+"""What may follow a state under the same epoch."""
+
+
+@dataclass
+class Machine:
+    """A worker as it really is."""
+
+    boot: int = 0
+    alive: bool = False
+    term: int = 0
+    resident: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Model -> (epoch, state); all but failed ones take memory."""
+    running: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
+    """(request, attempt) -> (model, tokens so far)."""
+
+    def used(self) -> int:
+        return sum(MODELS[model].bytes for model, (_, state) in self.resident.items() if state != "failed")
+
+
+class Broken(AssertionError):
+    """Something that must always hold does not."""
+
+
+def hold(truth: object, what: str) -> None:
+    """Raise `Broken` unless `truth`."""
+    if not truth:
+        raise Broken(what)
+
+
+class World:
+    """The policy's pool, and all that happens around it."""
+
+    def __init__(self) -> None:
+        self.term = 7
+        self.pool = Pool(term=self.term, limits=LIMITS)
+        self.now = 0
+        self.epoch = 0
+        self.steps = 0
+        self.loads = 0
+        self.excuses = 0
+        """Loads that did not need to serve anybody: after a start, a failure, or for those who then left."""
+        self.machines = {name: Machine() for name in WORKERS}
+        self.asked: dict[str, Request] = {}
+        self.ended: dict[str, Status] = {}
+        self.given: dict[str, int] = {}
+        self.opened: dict[str, int] = {}
+        self.live: set[str] = set()
+        self.grants: list[messages.Grant] = []
+        self.recoveries: list[messages.Recover] = []
+        self.later: list[str] = []
+        self._states: dict[tuple[str, str], tuple[int | None, LeaseState]] = {}
+        self.tell(messages.ModelsChanged(dict(MODELS)))
+
+    # --- the policy's actions ---------------------------------------------------------------------------------
+
+    def tell(self, event: Event, *, complete: bool = True) -> None:
+        """One step of the policy; its actions happen, then everything is checked, unless the pool is still filled."""
+        self.steps += 1
+        for action in policy.step(self.pool, event, self.now):
+            self.do(action)
+        if complete:
+            self.check()
+
+    def do(self, action: Action) -> None:
+        match action:
+            case messages.SendTerm(worker):
+                self.machines[worker].term = self.term
+            case messages.Grant():
+                self.grants.append(action)
+            case messages.Load(worker, boot, model, epoch, device):
+                self.load(worker, boot, model, epoch, device)
+            case messages.Unload(worker, boot, model, epoch):
+                machine = self.machines[worker]
+                if boot == str(machine.boot) and machine.alive and machine.resident.get(model, (0, ""))[0] == epoch:
+                    hold(not any(held == model for held, _ in machine.running.values()), "a model in use is unloaded")
+                    hold(not MODELS[model].pinned, "a pinned model is unloaded")
+                    machine.resident[model] = (epoch, "unloading")
+            case messages.Assign(request, worker, boot, epoch):
+                self.assign(request, worker, boot, epoch)
+            case messages.CancelRunning(request_id, worker, _, status):
+                for attempt in [key for key in self.machines[worker].running if key[0] == request_id]:
+                    del self.machines[worker].running[attempt]
+                    self.finish(request_id, attempt[1], status)
+            case messages.End(request, status, _, _):
+                hold(request.id not in self.ended, "a request ends twice")
+                self.finish(request.id, request.attempt, status)
+            case messages.Recover():
+                self.recoveries.append(action)
+            case messages.Enqueued() | messages.LeaseMoved():
+                pass
+
+    def load(self, worker: str, boot: str, model: str, epoch: int, device: str) -> None:
+        machine = self.machines[worker]
+        if boot != str(machine.boot) or not machine.alive:
+            return
+        hold(epoch > machine.resident.get(model, (-1, ""))[0], "an epoch does not grow")
+        hold(bool(device) == bool(MODELS[model].bytes), "memory is granted on a device")
+        machine.resident[model] = (epoch, "loading")
+        self.loads += 1
+        hold(machine.used() <= SIZE, f"oversold: {machine.resident}")
+
+    def assign(self, request: Request, worker: str, boot: str, epoch: int) -> None:
+        hold(request.id not in self.ended, "what has ended is begun again")
+        known = self.pool.workers[worker]
+        hold(
+            known.trusted and known.status.boot == boot and known.status.term == self.term,
+            "an untrusted worker is used",
+        )
+        hold(not known.status.stopping, "a stopping worker is used")
+        lease = self.pool.leases[worker, request.model]
+        hold(lease.epoch == epoch and lease.state is LeaseState.ACTIVE, "a lease that is not active is used")
+        hold(request.attempt > self.given.get(request.id, 0), "an attempt is given twice")
+        hold(request.attempt == self.opened.get(request.id, 1), "an attempt is assigned before it is opened")
+        self.given[request.id] = request.attempt
+        machine = self.machines[worker]
+        if machine.alive and str(machine.boot) == boot:
+            machine.running[request.id, request.attempt] = (request.model, 0)
+
+    def finish(self, request_id: str, attempt: int, status: Status) -> None:
+        """The log takes a terminal, if it is the one that decides."""
+        if request_id in self.ended or attempt < self.opened.get(request_id, 1):
+            return
+        self.ended[request_id] = status
+        self.excuses += status is not Status.COMPLETED
+        self.live.discard(request_id)
+        self.later.append(request_id)
+
+    # --- what happens -----------------------------------------------------------------------------------------
+
+    def arrive(self, model: str, patience_ms: int, tenant: str = "a", priority: Priority = Priority.STANDARD) -> None:
+        request = Request(
+            f"r{len(self.asked)}", tenant, model, self.now, self.now + patience_ms, priority=priority, prompt_tokens=5
+        )
+        self.asked[request.id] = request
+        self.live.add(request.id)
+        self.tell(messages.Arrived(request))
+
+    def cancel(self, request_id: str) -> None:
+        self.tell(messages.CancelAsked(request_id, "left"))
+
+    def boot(self, name: str) -> None:
+        self.excuses += 4 * len(MODELS)
+        self.machines[name] = Machine(self.machines[name].boot + 1, alive=True)
+
+    def die(self, name: str) -> None:
+        machine = self.machines[name]
+        machine.alive = False
+        machine.running.clear()
+
+    def heartbeat(self, name: str, *, stopping: bool = False) -> None:
+        machine = self.machines[name]
+        if not machine.alive:
+            return
+        resident = [
+            Resident(model, epoch, state, device="d" if MODELS[model].bytes else "")
+            for model, (epoch, state) in machine.resident.items()
+        ]
+        running = [RunningAttempt(key[0], key[1], 0, tokens) for key, (_, tokens) in machine.running.items()]
+        status = WorkerStatus(
+            name, str(machine.boot), "default", machine.term, self.now, providers=["p", "q"],
+            resident=resident, running=running, stopping=stopping, devices=[Device("d", SIZE)],
+        )  # fmt: skip
+        self.tell(messages.WorkerSeen(status))
+
+    def grant(self) -> None:
+        """The oldest grant is durable."""
+        if self.grants:
+            granted = self.grants.pop(0)
+            self.epoch += 1
+            self.tell(messages.LeaseGranted(granted.worker, granted.model, self.epoch))
+
+    def settle(self, name: str, state: str = "active") -> None:
+        """Loads end in `state`, unloads have freed their memory."""
+        machine = self.machines[name]
+        for model, (epoch, held) in list(machine.resident.items()):
+            if held == "loading":
+                self.excuses += state == "failed"
+                machine.resident[model] = (epoch, state)
+            elif held == "unloading":
+                del machine.resident[model]
+
+    def generate(self, name: str) -> None:
+        running = self.machines[name].running
+        for key, (model, tokens) in running.items():
+            running[key] = (model, tokens + 3)
+
+    def complete(self, name: str) -> None:
+        machine = self.machines[name]
+        if machine.running:
+            request_id, attempt = next(iter(machine.running))
+            del machine.running[request_id, attempt]
+            self.finish(request_id, attempt, Status.COMPLETED)
+
+    def read_log(self) -> None:
+        if self.later:
+            self.tell(messages.Finished(self.later.pop(0), 5, 7))
+
+    def recover(self, *, empty: bool) -> None:
+        if not self.recoveries:
+            return
+        lost = self.recoveries.pop(0)
+        request = lost.running.request
+        self.excuses += 1
+        self.opened[request.id] = request.attempt + 1
+        if request.id in self.ended:
+            return  # read in the log, past the opening
+        if empty and lost.may_retry:
+            self.tell(messages.AttemptEmpty(request.id, request.attempt + 1))
+        else:
+            self.finish(request.id, request.attempt + 1, Status.FAILED)
+
+    def pass_time(self, ms: int) -> None:
+        self.now += ms
+        self.tell(messages.Tick())
+
+    def take_over(self) -> None:
+        """Another scheduler takes the pool: it knows what lives, and learns from heartbeats what is held."""
+        old, self.term = self.pool, self.term + 1
+        self.pool = Pool(term=self.term, taken_ms=self.now, limits=LIMITS)
+        self.grants, self.recoveries, self._states = [], [], {}
+        self.excuses += 2 * len(MODELS)
+        self.tell(messages.ModelsChanged(dict(MODELS)), complete=False)
+        for request_id in sorted(self.live):
+            request = self.asked[request_id] = replace(self.asked[request_id])
+            known = old.running.get(request_id) or old.recovering.get(request_id)
+            if known is None:
+                self.tell(messages.Arrived(request), complete=False)
+            else:
+                again = Running(request, known.worker, known.boot, known.epoch, self.now)
+                self.tell(messages.Restored(again), complete=False)
+        self.check()
+
+    def healthy(self, name: str) -> None:
+        """All that it takes until a worker serves."""
+        if not self.machines[name].alive:
+            self.boot(name)
+        for _ in range(3):
+            self.heartbeat(name)
+            while self.grants:
+                self.grant()
+            self.settle(name)
+        self.heartbeat(name)
+
+    # --- what always holds ------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `Broken` where an invariant does not hold."""
+        pool = self.pool
+        for place, lease in pool.leases.items():
+            hold(len(lease.running) <= MODELS[lease.model].max_concurrency, "more run than a model takes")
+            for request_id in lease.running:
+                running = pool.running[request_id]
+                hold((running.worker, running.request.model) == place, "a slot is held by what runs elsewhere")
+            epoch, state = self._states.get(place, (None, LeaseState.REQUESTED))
+            if epoch is not None and epoch == lease.epoch:
+                hold(lease.state in _LATER.get(state, set(LeaseState)), f"{state} became {lease.state}")
+            elif epoch is not None and lease.epoch is not None:
+                hold(lease.epoch > epoch, "an epoch does not grow")
+        # A lease that was lost with its worker may be found again where it is still held.
+        self._states = {place: (lease.epoch, lease.state) for place, lease in pool.leases.items()}
+        for name in WORKERS:
+            held = sum(lease.holds for lease in pool.leases.values() if lease.worker == name)
+            hold(held <= SIZE, f"{name} is granted {held} of {SIZE} bytes")
+        waiting = sum(len(queue) for queue in pool.queues.values())
+        for request_id in self.live:
+            request = self.asked[request_id]
+            places = (request_id in pool.queues.get(request.model, ())) + (request_id in pool.running)
+            places += request_id in pool.recovering
+            hold(places == 1, f"{request_id} is in {places} places")
+        hold(waiting <= len(self.live), "what has ended waits")
+        hold(self.loads <= 2 * len(self.asked) + self.excuses, f"{self.loads} loads for {len(self.asked)} requests")
+
+    def finish_all(self) -> None:
+        """With healthy workers every request comes to its end within about a minute. Raises `Broken` otherwise."""
+        for _ in range(60 + 2 * len(self.live)):
+            if not self.live:
+                return self.check_books()
+            for name in WORKERS:
+                self.healthy(name)
+                self.complete(name)
+            while self.recoveries:
+                self.recover(empty=True)
+            while self.later:
+                self.read_log()
+            self.pass_time(500)
+        raise Broken(f"never ended: {sorted(self.live)}")
+
+    def check_books(self) -> None:
+        """When all is quiet, what the policy counts as held is what the machines hold. Raises `Broken` otherwise."""
+        for name, machine in self.machines.items():
+            self.settle(name, "failed")
+            self.heartbeat(name)
+            self.heartbeat(name)  # the first may only have shown the worker a new term
+            if machine.alive:
+                held = sum(lease.holds for lease in self.pool.leases.values() if lease.worker == name)
+                asked = sum(MODELS[grant.model].bytes for grant in self.grants if grant.worker == name)
+                hold(held - asked == machine.used(), f"{name} holds {machine.used()} bytes, not {held - asked}")
