@@ -1,0 +1,81 @@
+"""What a reader sees of figures and sweeps: tables, and curves as PNG."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+
+from rich.table import Table
+
+from bench.scheduler.figures import Figures
+from bench.scheduler.policies import POLICIES
+from bench.scheduler.speed import Speed
+from bench.scheduler.sweep import TARGET, SweepReport, WorkloadSweep
+
+NO_MATPLOTLIB = "No PNGs: matplotlib is not installed; `.venv/bin/python -m uv pip install matplotlib` installs it."
+
+
+def figures_table(run: Figures) -> Table:
+    """One run."""
+    table = Table(title=f"{run.policy}, seed {run.seed}", show_header=False)
+    rows = {
+        "requests": ", ".join(f"{number} {outcome}" for outcome, number in run.outcomes.items()),
+        "goodput": f"{run.goodput:.3f} requests/s",
+        "within SLO": f"{run.slo_attainment:.1%}",
+        "shed": f"{run.shed_rate:.1%}",
+        "wait p50 / p95 / p99": f"{run.wait_s.p50:.2f} / {run.wait_s.p95:.2f} / {run.wait_s.p99:.2f} s",
+        "TTFT p50 / p95 / p99": f"{run.ttft_s.p50:.2f} / {run.ttft_s.p95:.2f} / {run.ttft_s.p99:.2f} s",
+        "swaps, loads": f"{run.swaps}, {run.loads} ({run.loading_s:.1f} s)",
+        "Jain's index": f"{run.jain:.3f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def sweep_table(report: SweepReport) -> Table:
+    """The capacity of every policy on every workload, and Headrace's over some others'."""
+    table = Table(title=f"Highest requests/s with {TARGET:.0%} of requests within their SLO")
+    table.add_column("workload", no_wrap=True)
+    ratios = ("ollama", "ollama-fast-path", "lru")
+    for name in (*POLICIES, *(f"headrace / {other}" for other in ratios)):
+        table.add_column(name, justify="right")
+    for one in report.sweeps:
+        capacities = [one.capacity(policy) for policy in POLICIES]
+        cells = ["none" if value is None else f"{value:.3g}" for value in capacities]
+        cells += ["" if (ratio := one.ratio(other)) is None else f"{ratio:.2f}" for other in ratios]
+        table.add_row(one.workload, *cells)
+    return table
+
+
+def speed_table(speeds: list[Speed]) -> Table:
+    """Steps of the policy, by kind of event."""
+    table = Table(title="Steps of the policy")
+    table.add_column("event")
+    for name in ("steps", "µs/step", "steps/s"):
+        table.add_column(name, justify="right")
+    for one in speeds:
+        table.add_row(one.event, f"{one.steps:,}", f"{one.seconds / one.steps * 1e6:,.1f}", f"{one.rate:,.0f}")
+    return table
+
+
+def draw(report: SweepReport, result: Path) -> list[Path]:
+    """A PNG for each workload beside the JSON result; none without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    return [_draw(one, result.with_name(f"{result.stem}-{one.workload}.png")) for one in report.sweeps]
+
+
+def _draw(sweep: WorkloadSweep, path: Path) -> Path:
+    importlib.import_module("matplotlib").use("Agg")
+    plots = importlib.import_module("matplotlib.pyplot")
+    figure, axes = plots.subplots(figsize=(7, 4))
+    for curve in sweep.curves:
+        axes.plot([p.rate for p in curve.points], [p.slo_attainment for p in curve.points], "o-", label=curve.policy)
+    axes.axhline(TARGET, color="grey", linestyle=":")
+    axes.set(xscale="log", ylim=(0, 1.02), xlabel="requests/s", ylabel="within SLO", title=sweep.about)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plots.close(figure)
+    return path
