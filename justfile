@@ -50,6 +50,10 @@ bench *ARGS: setup
 bench-peers *ARGS: setup
     @{{python}} -m bench.gateway peers "$@"
 
+# How much load the scheduling policy bears beside Ollama's, llama-swap's and LRU, simulated
+bench-scheduler *ARGS: setup
+    @{{python}} -m bench.scheduler sweep "$@"
+
 # Install a genuine Ollama with Go (once, 3 minutes) and serve it for its provider's tests, until Ctrl-C
 ollama *ARGS: setup
     @{{python}} tests/support/ollama_genuine.py "$@"

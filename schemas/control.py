@@ -52,7 +52,7 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     pinned: bool = False
     """Whether it keeps its memory for ever once it has it."""
     keep_alive_ms: int | None = None
-    """How long it keeps its memory unused; None until another model wants it."""
+    """How long it keeps its memory unused; None until another model wants it. One that is preloaded stays."""
     bytes: int = 0
     """Device memory that it is expected to take; 0 when its provider takes none of ours."""
     load_ms: int = 0

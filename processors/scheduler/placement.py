@@ -93,29 +93,17 @@ def time_out(pool: Pool, now_ms: int) -> list[Action]:
 
 
 def _kept_long_enough(pool: Pool, lease: Lease, model: Model, now_ms: int) -> bool:
-    if model.keep_alive_ms is None or model.pinned or _busy(pool, lease):
+    if model.keep_alive_ms is None or model.pinned or model.preload or _busy(pool, lease):
         return False
     return now_ms - max(lease.used_ms, lease.moved_ms) >= model.keep_alive_ms
 
 
-def _may_retry(lease: Lease, now_ms: int) -> bool:
+def due_again(lease: Lease, now_ms: int) -> bool:
+    """Whether a load that failed may be tried again."""
     return lease.state is LeaseState.FAILED and now_ms - lease.moved_ms >= RELOAD_AFTER_MS
 
 
-def due_again(pool: Pool, model: str, now_ms: int) -> bool:
-    """Whether a load of the model that failed may be tried again."""
-    return any(_may_retry(lease, now_ms) for lease in pool.of_model(model))
-
-
 # --- memory ---------------------------------------------------------------------------------------------------------
-
-
-def held_bytes(pool: Pool) -> Counter[Place]:
-    """Bytes that leases hold, by device."""
-    held: Counter[Place] = Counter()
-    for lease in pool.leases.values():
-        held[Place(lease.worker, lease.device)] += lease.holds
-    return held
 
 
 def can_ever_fit(pool: Pool, model: Model) -> bool:
@@ -170,6 +158,11 @@ def _busy(pool: Pool, lease: Lease) -> bool:
     return bool(lease.running or pool.queues.get(lease.model))
 
 
+def _pinned(pool: Pool, lease: Lease) -> bool:
+    model = pool.models.get(lease.model)
+    return model is not None and model.pinned
+
+
 class _Planner:
     """One look at a pool; what it grants and claims counts for the next wish."""
 
@@ -177,9 +170,22 @@ class _Planner:
         self.actions: list[Action] = []
         self._pool = pool
         self._now = now_ms
-        self._held = held_bytes(pool)
-        self._claimed: Counter[Place] = Counter()
-        """Bytes that wishes before this one wait for."""
+        self._free: Counter[Place] = Counter()
+        """Bytes of each device that nobody holds or waits for; below 0 where somebody waits."""
+        self._leaving: Counter[Place] = Counter()
+        """Bytes that are on their way back."""
+        self._active: dict[Place, list[Lease]] = {}
+        """Leases that may have to give way."""
+        for name, worker in pool.workers.items():
+            for device in worker.status.devices:
+                self._free[Place(name, device.id)] = device.bytes
+        for lease in pool.leases.values():
+            spot = Place(lease.worker, lease.device)
+            self._free[spot] -= lease.holds
+            if lease.state in (LeaseState.DRAINING, LeaseState.RELEASING):
+                self._leaving[spot] += lease.holds
+            elif lease.state is LeaseState.ACTIVE and lease.bytes and not _pinned(pool, lease):
+                self._active.setdefault(spot, []).append(lease)
 
     def spread(self, model: Model) -> None:
         """Have every worker hold a model that takes no memory there that is counted."""
@@ -191,16 +197,16 @@ class _Planner:
         """Give a model memory, or have memory made free for it."""
         model = wish.model
         places = list(self._places(model))
-        fitting = [spot for spot in places if self._free(spot) >= model.bytes]
+        fitting = [spot for spot in places if self._free[spot] >= model.bytes]
         if fitting:
-            self._ask(model, min(fitting, key=self._free))
+            self._ask(model, min(fitting, key=self._free.__getitem__))
         elif wish.may_evict and places:
             self._make_room(wish, places)
 
     def widen(self, model: Model) -> None:
         """Serve a model with more waiting than slots from further workers, where that takes nothing from others."""
         for spot in self._places(model):
-            if self._free(spot) >= model.bytes:
+            if self._free[spot] >= model.bytes:
                 self._ask(model, spot)
                 return
 
@@ -209,7 +215,7 @@ class _Planner:
         for name, worker in self._pool.workers.items():
             if worker.usable and model.provider in worker.status.providers:
                 lease = self._pool.leases.get((name, model.id))
-                if lease is None or _may_retry(lease, self._now):
+                if lease is None or due_again(lease, self._now):
                     yield name, worker
 
     def _places(self, model: Model) -> Iterator[Place]:
@@ -217,57 +223,40 @@ class _Planner:
         for name, worker in self._workers(model):
             yield from (Place(name, device.id) for device in worker.status.devices)
 
-    def _total(self, spot: Place) -> int:
-        devices = self._pool.workers[spot.worker].status.devices
-        return next((device.bytes for device in devices if device.id == spot.device), 0)
-
-    def _free(self, spot: Place) -> int:
-        return self._total(spot) - self._held[spot] - self._claimed[spot]
-
     def _ask(self, model: Model, spot: Place) -> None:
         status = self._pool.workers[spot.worker].status
         size = model.bytes if spot.device else 0
         self._pool.leases[spot.worker, model.id] = Lease(
             spot.worker, status.boot, model.id, spot.device, size, asked_ms=self._now, moved_ms=self._now
         )
-        self._held[spot] += size
+        self._free[spot] -= size
         self.actions.append(Grant(spot.worker, status.boot, model.id))
 
     # --- making room ----------------------------------------------------------------------------------------------
 
     def _make_room(self, wish: _Wish, places: list[Place]) -> None:
         """Wait for memory that is on its way back, else drain the cheapest set that suffices."""
-        leaving = self._leaving()
         for spot in places:
-            if self._free(spot) + leaving[spot] >= wish.model.bytes:
-                self._claimed[spot] += wish.model.bytes
+            if self._free[spot] + self._leaving[spot] >= wish.model.bytes:
+                self._free[spot] -= wish.model.bytes
                 return
-        options = [
-            (spot, chosen) for spot in places if (chosen := self._victims(wish, spot, leaving[spot])) is not None
-        ]
+        options = [(spot, chosen) for spot in places if (chosen := self._victims(wish, spot)) is not None]
         if not options:
             return
         spot, victims = min(options, key=lambda option: (sum(map(self._cost, option[1])), option[0]))
-        self._claimed[spot] += wish.model.bytes
+        self._free[spot] -= wish.model.bytes
         for lease in victims:
+            self._active[spot].remove(lease)
+            self._leaving[spot] += lease.bytes
             self.actions += drain(lease, self._now, f"makes room for {wish.model.id}")
 
-    def _leaving(self) -> Counter[Place]:
-        leaving: Counter[Place] = Counter()
-        for lease in self._pool.leases.values():
-            if lease.state in (LeaseState.DRAINING, LeaseState.RELEASING):
-                leaving[Place(lease.worker, lease.device)] += lease.holds
-        return leaving
-
-    def _victims(self, wish: _Wish, spot: Place, leaving: int) -> list[Lease] | None:
+    def _victims(self, wish: _Wish, spot: Place) -> list[Lease] | None:
         """The cheapest of the leases on a device that may be taken and suffice; None when they do not."""
-        missing = wish.model.bytes - self._free(spot) - leaving
-        candidates = sorted(
-            (
-                lease
-                for lease in self._pool.leases.values()
-                if (lease.worker, lease.device) == spot and lease.bytes and self._may_take(wish, lease)
-            ),
+        missing = wish.model.bytes - self._free[spot] - self._leaving[spot]
+        candidates = [lease for lease in self._active.get(spot, ()) if self._may_take(wish, lease)]
+        if sum(lease.bytes for lease in candidates) < missing:
+            return None
+        candidates.sort(
             key=lambda lease: (_busy(self._pool, lease), self._cost(lease) / lease.bytes, lease.model),
         )
         chosen: list[Lease] = []
@@ -276,8 +265,6 @@ class _Planner:
                 break
             chosen.append(lease)
             missing -= lease.bytes
-        if missing > 0:
-            return None
         for lease in sorted(chosen, key=self._cost, reverse=True):
             if missing + lease.bytes <= 0:
                 chosen.remove(lease)
@@ -285,13 +272,10 @@ class _Planner:
         return chosen
 
     def _may_take(self, wish: _Wish, lease: Lease) -> bool:
-        model = self._pool.models.get(lease.model)
-        if lease.state is not LeaseState.ACTIVE or (model is not None and model.pinned):
-            return False
-        if self._must_have(wish, lease):
-            return True
-        had_its_turn = self._now - lease.moved_ms >= self._pool.limits.residency_loads * self._load_ms(lease)
-        return had_its_turn and not _busy(self._pool, lease)
+        if _busy(self._pool, lease):
+            return self._must_have(wish, lease)
+        turn_ms = self._pool.limits.residency_loads * self._load_ms(lease)
+        return self._now - lease.moved_ms >= turn_ms or self._must_have(wish, lease)
 
     def _must_have(self, wish: _Wish, lease: Lease) -> bool:
         """Whether the queue would wait for longer than W_max if this lease was not drained now."""

@@ -334,11 +334,12 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
     model = pool.models.get(model_id)
     if model is None:
         return _end_all(pool, model_id, Status.REJECTED, "model_not_found", f"The model {model_id!r} was removed.")
-    if (reason := load_error(pool, model_id)) is not None and not placement.due_again(pool, model_id, now_ms):
+    held = pool.of_model(model_id)
+    if (reason := _failure(held)) is not None and not any(placement.due_again(lease, now_ms) for lease in held):
         error = f"The model {model_id!r} could not be loaded: {reason}"
         return _end_all(pool, model_id, Status.FAILED, "provider_error", error)
     actions: list[Action] = []
-    leases = [lease for lease in pool.of_model(model_id) if _takes_work(pool, lease)]
+    leases = [lease for lease in held if _takes_work(pool, lease)]
     while leases and queue:
         lease = min(leases, key=lambda one: len(one.running))
         free = model.max_concurrency - len(lease.running)
@@ -395,7 +396,10 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
 
 def load_error(pool: Pool, model_id: str) -> str | None:
     """Why nobody can serve the model now, when every lease on it failed; None while one is active or on its way."""
-    leases = pool.of_model(model_id)
+    return _failure(pool.of_model(model_id))
+
+
+def _failure(leases: list[Lease]) -> str | None:
     if not leases or any(lease.state is not LeaseState.FAILED for lease in leases):
         return None
     return leases[0].error
