@@ -73,7 +73,7 @@ def train(runtime: Path, jars: Sequence[Path]) -> None:
             raise TrainingFailed(f"Java exited with {error.returncode}: {said[-1] if said else 'no word'}") from error
         except subprocess.TimeoutExpired as error:
             raise TrainingFailed(f"Java did not end within {error.timeout:.0f} s") from error
-        except (OSError, KafkaError, TimeoutError) as error:
+        except (OSError, KafkaError, ExceptionGroup) as error:
             raise TrainingFailed(repr(error)) from error
         finally:
             fresh.unlink(missing_ok=True)

@@ -221,6 +221,7 @@ class ChatAnswer(Response):
         else:
             self._log.warning("frames_missed", seen=self._seq, last=ended.last_seq)
             self._catching_up = True
+            self._stream.pending = []  # The replay brings them again.
             self._stream.view = StreamView(seq=self._seq)
             self._replay(ended.reply_partition, self._ticket.public.created_ms - 5_000)
         return self._terminal is not None

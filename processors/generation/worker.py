@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 
 MAX_RUNNING = 4096
 """Hard bound on attempts at once, whatever a scheduler says."""
+UNLOAD_AGAIN_S = 5.0
+"""Until an unload that failed is tried again."""
 REMEMBERED = 20_000
 """Attempts that ended are remembered, so that a command that comes twice is obeyed once."""
 
@@ -171,8 +173,14 @@ class Worker:
     async def _give_back(self, held: _Held) -> None:
         """Unload; the heartbeat shows the model until its memory is free."""
         await held.settled.wait()
-        if held.provider is not None:
-            await held.provider.unload(held.model)
+        while held.provider is not None:
+            try:
+                await held.provider.unload(held.model)
+                break
+            except HeadraceError as error:
+                # The scheduler holds the bytes for lost meanwhile; running streams of other models go on.
+                log.error("model_not_unloaded", model=held.model.id, epoch=held.epoch, error=error.message)
+                await asyncio.sleep(UNLOAD_AGAIN_S)
         if self._held.get(held.model.id) is held:
             del self._held[held.model.id]
         log.info("model_unloaded", model=held.model.id, epoch=held.epoch)

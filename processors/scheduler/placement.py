@@ -83,6 +83,8 @@ def time_out(pool: Pool, now_ms: int) -> list[Action]:
         model = pool.models.get(lease.model)
         if lease.state is LeaseState.FAILED and model is None:
             del pool.leases[lease.worker, lease.model]
+            if lease.epoch is not None:  # the worker forgets its failure too
+                actions.append(Unload(lease.worker, lease.boot, lease.model, lease.epoch))
         elif lease.state is LeaseState.RELEASING and now_ms - lease.moved_ms >= RELEASE_TIMEOUT_MS:
             actions += move(lease, LeaseState.QUARANTINED, now_ms, reason="not seen to be free")
         elif lease.state is LeaseState.ACTIVE and model is None:

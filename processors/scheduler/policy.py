@@ -52,8 +52,7 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
         case Arrived(request):
             return _arrived(pool, request, now_ms)
         case Restored(running):
-            pool.running[running.request.id] = running
-            return []
+            return _restored(pool, running)
         case CancelAsked(request_id, reason):
             return _cancel(pool, request_id, reason, now_ms)
         case Finished():
@@ -106,6 +105,14 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
 def _too_large(request: Request, model: Model) -> End:
     message = f"The model {model.id!r} takes {model.bytes} bytes, more than any device of this pool has."
     return End(request, Status.REJECTED, "service_unavailable", message)
+
+
+def _restored(pool: Pool, running: Running) -> list[Action]:
+    pool.running[running.request.id] = running
+    lease = pool.leases.get((running.worker, running.request.model))
+    if lease is not None and lease.boot == running.boot:  # its worker was heard before this request was read
+        lease.running.add(running.request.id)
+    return []
 
 
 def _cancel(pool: Pool, request_id: str, reason: str, now_ms: int) -> list[Action]:
@@ -312,6 +319,8 @@ def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> li
     if lease is None or lease.epoch is not None:
         return []
     lease.epoch = epoch
+    if model not in pool.models:
+        return placement.freed(pool, lease)  # it was removed while the grant was written
     lease.state, lease.moved_ms = LeaseState.LOADING, now_ms
     return [Load(worker, lease.boot, model, epoch, lease.device)]
 

@@ -36,6 +36,8 @@ REMEMBER_MS = 900_000
 REMEMBER_IDEMPOTENT_MS = 86_400_000
 """How long finished ids are kept to tell duplicates: idempotent ones may be sent again for a day."""
 TICK_S = 0.25
+NOT_YET_MS = 2**62
+"""A pool is still being taken: no time runs against the workers of what it restores."""
 STATUS_EVERY_S = 1.0
 
 _routed = msgspec.json.Decoder(Routed)
@@ -131,9 +133,12 @@ class Scheduler:
             runner.fail = self.agent.fail
             async with LogReader(self._settings.kafka_bootstrap, "scheduler-takeover") as reader:
                 runner.state.term = await take_term(self._producer, name, self._settings.instance)
-                runner.state.taken_ms = now_ms()
+                runner.state.taken_ms = NOT_YET_MS
                 live = await read_live(reader, [runner.partition])
-                mine = [request for request in live.requests if request.pool == name]
+                # What was assigned comes first: workers may be heard from while what waits is read.
+                mine = sorted(
+                    (request for request in live.requests if request.pool == name), key=lambda one: one.worker == ""
+                )
                 routed = await read_routed(reader, mine)
             self._finished |= dict.fromkeys(live.finished, now_ms())
             await self._follow_models(runner)
@@ -153,6 +158,8 @@ class Scheduler:
             for status in list(self._heartbeats.values()):
                 if status.pool == name and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
                     await runner.feed(messages.WorkerSeen(status))
+            # From here on a worker that was not heard is missed.
+            runner.state.taken_ms = now_ms()
             log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
             return runner
 

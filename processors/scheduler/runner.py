@@ -228,7 +228,10 @@ class PoolRunner:
         return await self._producer.post(LEASES.name, msgspec.json.encode(event), key=f"{event.lease_id}/{event.term}")
 
     async def _recover(self, lost: list[messages.Recover]) -> None:
-        pairs = [(action, self.held[action.running.request.id].routed) for action in lost]
+        # One whose terminal was read meanwhile is no longer held, and needs nothing.
+        pairs = [
+            (action, held.routed) for action in lost if (held := self.held.get(action.running.request.id)) is not None
+        ]
         for request_id, attempt in await self._recovery.settle(pairs):
             await self.feed(messages.AttemptEmpty(request_id, attempt))
 

@@ -13,7 +13,7 @@ from processors.scheduler import messages, policy
 from processors.scheduler.messages import Action
 from processors.scheduler.policy import step
 from processors.scheduler.queues import Queue
-from processors.scheduler.state import Limits, Pool, Request
+from processors.scheduler.state import Limits, Pool, Request, Running
 from schemas.control import Model
 from schemas.events import Device, Priority, Resident, Status, WorkerStatus
 from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, World
@@ -417,3 +417,33 @@ def test_a_load_that_failed_is_tried_again_for_the_next_who_asks() -> None:
     machine.ask("later", "flaky")
     machine.run(2_000)
     assert [name for _, name in machine.assigned] == ["later"]
+
+
+# --- found by reading and by fault tests --------------------------------------------------------------------------
+
+
+def test_what_is_restored_after_its_worker_was_heard_holds_its_slot() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    restored = Running(Request("old", "t", "one", 0, 10**9), "w1", "b1", 5)
+    step(pool, messages.Restored(restored), 0)
+    assert step(pool, messages.Arrived(Request("new", "t", "one", 0, 10**9)), 0) == [
+        messages.Enqueued(next(iter(pool.queue("one"))))
+    ]
+
+
+def test_a_model_that_is_removed_while_its_grant_is_written_is_not_loaded() -> None:
+    pool = Pool(term=TERM, models={"one": Model("one", "p", "t")})
+    [grant] = step(pool, messages.WorkerSeen(WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"])), 0)
+    assert isinstance(grant, messages.Grant)
+    step(pool, messages.ModelsChanged({}), 0)
+    assert step(pool, messages.LeaseGranted("w1", "one", 9), 0) == [
+        messages.LeaseMoved("w1", "b1", "one", 9, "free"),
+    ]
+    assert not pool.leases
+
+
+def test_a_worker_forgets_a_failed_model_that_was_removed() -> None:
+    pool = ready({"one": Model("one", "p", "t")})
+    status = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], resident=[Resident("one", 5, "failed")])
+    step(pool, messages.WorkerSeen(status), 0)
+    assert step(pool, messages.ModelsChanged({}), 0) == [messages.Unload("w1", "b1", "one", 5)]
