@@ -1,8 +1,8 @@
 """Faust's Kafka driver on the loop of the role, without the thread in which Faust runs its consumer.
 
-Faust keeps the consumer alive beside agents that block. Ours never do, and for them the thread costs more than half of
-a hop: each fetch crosses to it and each record back, and every record is raced against three events in four tasks
-of its own.
+Faust keeps the consumer alive beside agents that block. Ours never do, and for them the thread costs a fifth of a
+role's CPU (docs/performance.md): each fetch crosses to it and each record back, and every record is raced against three
+events in four tasks of its own.
 What is inherited from Faust 0.15.3 stays as it is: rebalances, acknowledgements, commits, flow control, gaps.
 """
 

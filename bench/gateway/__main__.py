@@ -13,14 +13,18 @@ from bench.gateway import peers as peers_module
 from bench.gateway import run as run_module
 from bench.gateway.measure import KEY_VARIABLE, LoadFailed
 from bench.gateway.processes import NotReady
-from bench.gateway.report import RESULTS, new_console, save, show
+from bench.gateway.report import show
 from bench.gateway.scenarios import Scenario, scenarios
+from bench.output import RESULTS, new_console, save
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 Names = Annotated[list[str] | None, typer.Option("--scenario", help="Run only this scenario; may be given often.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Shorter and fewer scenarios: about a minute.")]
 Output = Annotated[Path, typer.Option(help="Directory for the JSON result.")]
 Keep = Annotated[Path | None, typer.Option(help="Keep logs and data in this directory.")]
+
+WIDTH = 170
+"""Columns of the tables."""
 
 
 def chosen(names: list[str] | None, *, quick: bool) -> list[Scenario]:
@@ -46,7 +50,7 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when a target is missed.")] = False,
 ) -> None:
     """Measure Headrace beside the direct path and one Kafka hop, in one run."""
-    console = new_console()
+    console = new_console(WIDTH)
     report = run_module.run(
         chosen(scenario, quick=quick),
         quick=quick,
@@ -58,7 +62,7 @@ def run(
         upstream_port=upstream_port,
     )
     show(report, console)
-    console.print(f"written to {save(report, output)}", highlight=False)
+    console.print(f"written to {save(report, report.kind, report.started, output)}", highlight=False)
     if strict and any(verdict.outcome == "missed" for verdict in report.verdicts):
         raise typer.Exit(1)
 
@@ -73,12 +77,12 @@ def peers(
     headrace: Annotated[bool, typer.Option(help="Whether to measure Headrace beside them.")] = True,
 ) -> None:
     """Measure other gateways on the same work in the same run; they are installed into a cache of their own."""
-    console = new_console()
+    console = new_console(WIDTH)
     report = peers_module.run(
         chosen(scenario, quick=quick), peer, quick=quick, console=console, keep=keep, with_headrace=headrace
     )
     show(report, console)
-    console.print(f"written to {save(report, output)}", highlight=False)
+    console.print(f"written to {save(report, report.kind, report.started, output)}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -74,10 +74,16 @@ class Subject(msgspec.Struct, kw_only=True):
 
     def measure(self, scenario: Scenario) -> Measurement:
         """Run a scenario and note what the subject's processes used."""
-        with StolenTime() as stolen, Meter(self.roots) as meter:
-            load = self.run(scenario.plan)
-        usage = meter.usage if self.roots else None
+        with StolenTime() as stolen:
+            load, usage = self._metered(scenario.plan)
         return Measurement(subject=self.name, scenario=scenario.name, load=load, usage=usage, stolen=stolen.share)
+
+    def _metered(self, plan: Plan) -> tuple[Load, Usage | None]:
+        if not self.roots:
+            return self.run(plan), None
+        with Meter(self.roots) as meter:
+            load = self.run(plan)
+        return load, meter.usage
 
 
 def _arguments(target: Target, plan: Plan) -> list[str]:

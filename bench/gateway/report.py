@@ -6,18 +6,16 @@ import os
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
 from bench.gateway.figures import Percentiles
-from bench.gateway.measure import ROOT, Measurement
+from bench.gateway.measure import Measurement
 from bench.gateway.targets import Verdict
 from bench.gateway.usage import Usage
 
-RESULTS = ROOT / "bench" / "results"
 COLOURS = {"stretch": "bold green", "met": "green", "missed": "red"}
 
 
@@ -56,21 +54,6 @@ def new_report(kind: str, *, quick: bool) -> Report:
         load_before=round(os.getloadavg()[0], 2),
     )
     return Report(kind=kind, started=datetime.now(UTC).isoformat(timespec="seconds"), quick=quick, machine=machine)
-
-
-def save(report: Report, directory: Path = RESULTS) -> Path:
-    """Write a report as JSON, named by its kind and time; returns the path."""
-    directory.mkdir(parents=True, exist_ok=True)
-    stamp = report.started.replace(":", "").replace("-", "").removesuffix("+0000")
-    path = directory / f"{report.kind}-{stamp}.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-    return path
-
-
-def new_console() -> Console:
-    """A console wide enough for the tables also where the output is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=170)
 
 
 def show(report: Report, console: Console) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.console import Console
 
+from bench.output import RESULTS, new_console, save
 from bench.scheduler import generators
 from bench.scheduler import speed as speed_module
 from bench.scheduler import sweep as sweep_module
@@ -18,13 +18,9 @@ from bench.scheduler.show import NO_MATPLOTLIB, draw, figures_table, speed_table
 from bench.scheduler.workload import WorkloadError, parse
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
+WIDTH = 150
+"""Columns of the tables."""
 Seed = Annotated[int, typer.Option(help="The same seed gives the same figures.")]
-
-
-def _console() -> Console:
-    """A console wide enough for the tables also where the output is a file."""
-    console = Console()
-    return console if console.is_terminal else Console(width=150)
 
 
 def _write(data: bytes) -> None:
@@ -65,7 +61,7 @@ def run(
     if as_json:
         _write(msgspec.json.format(msgspec.json.encode(result), indent=2))
     else:
-        _console().print(figures_table(result))
+        new_console(WIDTH).print(figures_table(result))
 
 
 @app.command()
@@ -86,17 +82,17 @@ def sweep(
     name: Annotated[list[str] | None, typer.Option("--workload", help="Only this one; may be given often.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rates, one seed: half a minute.")] = False,
     seed: Seed = 1,
-    output: Annotated[Path, typer.Option(help="Directory for the JSON result.")] = sweep_module.RESULTS,
+    output: Annotated[Path, typer.Option(help="Directory for the JSON result.")] = RESULTS,
 ) -> None:
     """Find the highest load that each policy bears, for every built-in workload."""
     _known(name or [])
-    console = _console()
+    console = new_console(WIDTH)
     with console.status("") as status:
         report = sweep_module.sweep(
             quick=quick, seed=seed, names=name or list(generators.SHAPES), progress=status.update
         )
     console.print(sweep_table(report))
-    path = sweep_module.save(report, output)
+    path = save(report, report.kind, report.started, output)
     pictures = draw(report, path)
     for written in (path, *pictures):
         console.print(f"written to {written}", highlight=False)
@@ -107,7 +103,7 @@ def sweep(
 @app.command()
 def speed() -> None:
     """Time the policy alone, with 1,000 queued requests and 30 models."""
-    _console().print(speed_table(speed_module.measure()))
+    new_console(WIDTH).print(speed_table(speed_module.measure()))
 
 
 def _known(names: list[str]) -> None:

@@ -6,14 +6,12 @@ import math
 import platform
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 
 from bench.scheduler.generators import SECONDS, SHAPES, generate
 from bench.scheduler.policies import POLICIES, simulate
 
-RESULTS = Path(__file__).parents[1] / "results"
 TARGET = 0.9
 """Share of requests that must be served within their SLO."""
 LOAD_JITTER = 0.1
@@ -153,12 +151,3 @@ def capacity(points: list[Point]) -> float | None:
     after = points[met[-1] + 1]
     share = (last.slo_attainment - TARGET) / (last.slo_attainment - after.slo_attainment)
     return float(last.rate * (after.rate / last.rate) ** share)
-
-
-def save(report: SweepReport, directory: Path = RESULTS) -> Path:
-    """Write a report as JSON, named by its time; returns the path."""
-    directory.mkdir(parents=True, exist_ok=True)
-    stamp = report.started.replace(":", "").replace("-", "").removesuffix("+0000")
-    path = directory / f"{report.kind}-{stamp}.json"
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2))
-    return path

@@ -229,7 +229,7 @@ class _Planner:
         status = self._pool.workers[spot.worker].status
         size = model.bytes if spot.device else 0
         self._pool.leases[spot.worker, model.id] = Lease(
-            spot.worker, status.boot, model.id, spot.device, size, asked_ms=self._now, moved_ms=self._now
+            spot.worker, status.boot, model.id, spot.device, size, moved_ms=self._now
         )
         self._free[spot] -= size
         self.actions.append(Grant(spot.worker, status.boot, model.id))

@@ -91,15 +91,20 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     if now_ms + estimated_wait_ms(pool, model) > request.late_ms:
         return [End(request, Status.REJECTED, "service_unavailable", "The wait would be longer than the deadline.")]
     placement.count_demand(pool, request.model, now_ms)
-    request.waiting_ms = now_ms
-    queue.add(request)
-    heapq.heappush(pool.deadlines, (request.late_ms, request.id, request.model))
-    actions = _dispatch(pool, request.model, now_ms)
+    actions = _enqueue(pool, request, now_ms)
     if request.id in queue:
         actions.append(Enqueued(request))
         if len(queue) == 1:  # Where others waited before it, memory was planned for them.
             actions += placement.place(pool, now_ms)
     return actions
+
+
+def _enqueue(pool: Pool, request: Request, now_ms: int, *, first: bool = False) -> list[Action]:
+    """Let a request wait, and give it a slot at once if there is one."""
+    request.waiting_ms = now_ms
+    pool.queue(request.model).add(request, first=first)
+    heapq.heappush(pool.deadlines, (request.late_ms, request.id, request.model))
+    return _dispatch(pool, request.model, now_ms)
 
 
 def _too_large(request: Request, model: Model) -> End:
@@ -179,12 +184,8 @@ def _requeue(pool: Pool, request_id: str, attempt: int, now_ms: int) -> list[Act
         return [End(request, Status.CANCELLED, "cancelled", "The caller left.")]
     if request.model not in pool.models:
         return [End(request, Status.REJECTED, "model_not_found", f"The model {request.model!r} was removed.")]
-    request.waiting_ms = now_ms
-    queue = pool.queue(request.model)
-    queue.add(request, first=True)
-    heapq.heappush(pool.deadlines, (request.late_ms, request.id, request.model))
-    actions = _dispatch(pool, request.model, now_ms)
-    return actions + placement.place(pool, now_ms) if request.id in queue else actions
+    actions = _enqueue(pool, request, now_ms, first=True)
+    return actions + placement.place(pool, now_ms) if request.id in pool.queue(request.model) else actions
 
 
 # --- workers and leases -------------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def _take_over(pool: Pool, status: WorkerStatus, resident: Resident, now_ms: int
     size = resident.bytes or (model.bytes if model is not None else 0)
     lease = Lease(
         status.worker, status.boot, resident.model, resident.device, size if resident.device else 0, resident.epoch,
-        LeaseState.LOADING, asked_ms=now_ms, moved_ms=now_ms, used_ms=now_ms,
+        LeaseState.LOADING, moved_ms=now_ms, used_ms=now_ms,
     )  # fmt: skip
     place = (status.worker, resident.model)
     lease.running = {r.request.id for r in pool.running.values() if (r.worker, r.request.model) == place}

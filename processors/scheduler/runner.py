@@ -245,7 +245,7 @@ class PoolRunner:
     async def publish_status(self) -> None:
         """Tell the ingresses how the pool stands."""
         state = self.state
-        trusted = [worker.status for worker in state.workers.values() if worker.trusted and not worker.status.stopping]
+        trusted = [worker.status for worker in state.workers.values() if worker.usable]
         served = {provider for status in trusted for provider in status.providers}
         waits = [policy.estimated_wait_ms(state, model) for model in state.models.values()]
         errors = {model: policy.load_error(state, model) for model in state.models}

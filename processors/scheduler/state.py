@@ -66,8 +66,6 @@ class Lease:
     """None until the grant is durable."""
     state: LeaseState = LeaseState.REQUESTED
     running: set[str] = field(default_factory=set)
-    asked_ms: int = 0
-    """When the lease was asked for."""
     moved_ms: int = 0
     """When it came into its state."""
     used_ms: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -300,8 +301,8 @@ class Machine:
         return set(self.resident)
 
 
-def _sized(name: str, size: int, load_ms: int = 1_000, **fields: object) -> Model:
-    return Model(name, "p", "t", bytes=size, load_ms=load_ms, preload=False, **fields)  # type: ignore[arg-type]
+def _sized(name: str, size: int, load_ms: int = 1_000, **fields: Any) -> Model:
+    return Model(name, "p", "t", bytes=size, load_ms=load_ms, preload=False, **fields)
 
 
 def test_the_cheapest_idle_set_that_suffices_gives_way() -> None:
