@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import AsyncGenerator
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -112,14 +113,24 @@ class ReplyReader:
                     stream.push(delta)
 
 
-async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[list[frames.Delta], None]:
+class Replayed(NamedTuple):
+    """A piece of a partition's past."""
+
+    deltas: list[frames.Delta]
+    caught_up: bool
+    """Whether all that stood in the partition when the replay began has been read."""
+
+
+async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
     """A request's deltas from a partition's past, then from its present, for ever; in batches, fences included.
 
-    `since_ms` is Unix ms at or before the first of them. Deltas come as they are written, unjudged.
+    `since_ms` is Unix ms at or before the first of them. Deltas come as they are written, unjudged. Raises
+    `KafkaError`.
     """
     tp = TopicPartition(REPLIES.name, partition)
     async with LogReader(bootstrap, "ingress-resume") as reader:
         reader.assign([REPLIES], [partition])
+        end = (await reader.consumer.end_offsets([tp]))[tp]
         await reader.seek_to_time([tp], since_ms)
         while True:
             batches = await reader.consumer.getmany(timeout_ms=1000)
@@ -128,4 +139,4 @@ async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> A
                 for record in records:
                     if rid in (record.value or b""):
                         found += [delta for delta in frames.decode(record.value) if delta.rid == rid]
-            yield found
+            yield Replayed(found, await reader.consumer.position(tp) >= end)

@@ -60,6 +60,8 @@ class ChunkRenderer:
         self._roles: set[int] = set()
 
     def _event(self, delta: Delta, choices: bytes) -> bytes:
+        if not delta.seq:  # Nobody can resume after it.
+            return b"data: %b%b%b" % (self._before, choices, self._after)
         return b"id: %d:%d\ndata: %b%b%b" % (delta.attempt, delta.seq, self._before, choices, self._after)
 
     def _role(self, delta: Delta, index: int) -> bytes:

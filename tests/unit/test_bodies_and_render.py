@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from headrace.errors import ContextLengthExceeded, HeadraceError, UnsupportedParameter
-from ingress.openai.answer import whole_deltas
 from ingress.openai.body import check_context, parse
+from ingress.openai.following import whole_deltas
 from ingress.openai.render import ChunkRenderer, completion, error_object
 from schemas.control import Model
 from schemas.events import ErrorInfo, Status, Terminal, Usage
@@ -122,10 +122,11 @@ def test_a_whole_answer_can_be_streamed_later() -> None:
         {"index": 1, "message": {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}, "logprobs": None,
          "finish_reason": "tool_calls"},
     ]  # fmt: skip
-    done = terminal(choices=msgspec.Raw(json.dumps(choices).encode()))
+    done = terminal(choices=msgspec.Raw(json.dumps(choices).encode()), last_seq=9)
     deltas = whole_deltas(done)
     shown = [json.loads(one.data)[0] for one in deltas]
-    assert [one.seq for one in deltas] == [1, 2]
+    ids = [one for one, _ in events(b"".join(map(ChunkRenderer("x", 5, "m", include_usage=False).delta, deltas)))]
+    assert ids == [None, None, None, "1:9"], "whoever resumes after the one id has had everything"
     assert [(one["index"], one["delta"], one["finish_reason"]) for one in shown] == [
         (0, {"content": "a"}, "stop"),
         (1, {"tool_calls": [{"id": "c"}]}, "tool_calls"),
