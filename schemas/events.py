@@ -82,6 +82,8 @@ class TermCommand(msgspec.Struct, tag_field="type", tag="term"):
 
     term: int
     pool: str
+    fence: int = 0
+    """Grows within a term, each time that the scheduler must know what the worker has read."""
 
 
 class LoadCommand(msgspec.Struct, tag_field="type", tag="load"):
@@ -317,12 +319,24 @@ class Resident(msgspec.Struct, omit_defaults=True):
     device: str = ""
 
 
-class Device(msgspec.Struct):
+class Device(msgspec.Struct, omit_defaults=True):
     """Memory of a worker that models share."""
 
     id: str
     bytes: int
-    """What models may take together: the total without the reserve."""
+    """What models may take together: the total without the reserve and without what others hold."""
+    providers: list[str] = []
+    """Names of the providers whose models lie on it."""
+    shared: bool = False
+    """Whether other workers that show this id mean the same memory, that of one server."""
+
+
+class Need(msgspec.Struct):
+    """What a model is expected to take."""
+
+    model: str
+    bytes: int
+    load_ms: int = 0
 
 
 class WorkerStatus(msgspec.Struct, omit_defaults=True):
@@ -340,6 +354,10 @@ class WorkerStatus(msgspec.Struct, omit_defaults=True):
     stopping: bool = False
     devices: list[Device] = []
     """Empty where the worker's models take no memory that it could measure."""
+    fence: int = 0
+    """Highest fence of that term."""
+    needs: list[Need] = []
+    """Of the models that would take memory of its devices: estimated, or measured when they were loaded."""
 
 
 class PoolStatus(msgspec.Struct, omit_defaults=True):

@@ -72,6 +72,7 @@ class _Worker:
         self.boot = f"{device.id}/{life}"
         self.alive = True
         self.term = 0
+        self.fence = 0
         self.epochs: dict[str, int] = {}
         """Model -> epoch of the lease that it was last loaded under."""
         self.failed: dict[str, int] = {}
@@ -101,7 +102,8 @@ class _Worker:
             providers=[PROVIDER],
             resident=resident,
             running=running,
-            devices=[events.Device(self.device.id, self.device.bytes)],
+            devices=[events.Device(self.device.id, self.device.bytes, [PROVIDER])],
+            fence=self.fence,
         )
 
     def _resident(self, replica: Replica) -> events.Resident:
@@ -206,9 +208,9 @@ class Headrace:
 
     def _act(self, action: Action) -> None:
         match action:
-            case SendTerm(worker):
+            case SendTerm(worker, fence):
                 if (known := self._workers[worker]).alive:
-                    known.term = TERM
+                    known.term, known.fence = TERM, fence
                     self._report(known)
             case Grant(worker, _, model):
                 self._tell(LeaseGranted(worker, model, next(self._epochs)))

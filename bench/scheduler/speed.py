@@ -88,7 +88,14 @@ class _Driver:
         """A worker reports what it holds; what it runs is not shown, as it costs the same for any policy."""
         resident = list(self._resident[worker].values())
         status = WorkerStatus(
-            worker, "1", "speed", TERM, self.now_ms, [PROVIDER], resident, devices=[Device(worker, CARD_BYTES)]
+            worker,
+            "1",
+            "speed",
+            TERM,
+            self.now_ms,
+            [PROVIDER],
+            resident,
+            devices=[Device(worker, CARD_BYTES, [PROVIDER])],
         )
         self.tell(WorkerSeen(status))
 

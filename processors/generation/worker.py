@@ -92,6 +92,7 @@ class Worker:
         self._bodies = bodies
         self._fail = fail
         self._term = -1
+        self._fence = 0
         self._stopping = False
         self._made: dict[str, tuple[control.Provider, Provider]] = {}
         self._held: dict[str, _Held] = {}
@@ -109,7 +110,8 @@ class Worker:
             log.warning("stale_term", command=type(command).__name__, term=command.term, newest=self._term)
             return
         match command:
-            case TermCommand(term):
+            case TermCommand(term, _, fence):
+                self._fence = max(fence, self._fence) if term == self._term else fence
                 self._term = term
                 self.changed.set()
             case CancelCommand(_, request_id):
@@ -274,6 +276,7 @@ class Worker:
                 for request_id, attempt in self._running.items()
             ],
             stopping=self._stopping,
+            fence=self._fence,
         )
 
     # --- leaving ----------------------------------------------------------------------------------------------

@@ -76,7 +76,10 @@ Event = Arrived | Restored | CancelAsked | Finished | AttemptEmpty | WorkerSeen 
 
 @dataclass(frozen=True, slots=True)
 class SendTerm:
+    """Ask a worker to show that it has read everything up to here."""
+
     worker: str
+    fence: int = 0
 
 
 @dataclass(frozen=True, slots=True)

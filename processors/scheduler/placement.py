@@ -26,7 +26,7 @@ DEMAND_HALF_LIFE_MS = 60_000
 
 
 class Place(NamedTuple):
-    """A device of a worker."""
+    """A device of a worker; the worker is empty for one that several share."""
 
     worker: str
     device: str
@@ -110,13 +110,11 @@ def due_again(lease: Lease, now_ms: int) -> bool:
 
 def can_ever_fit(pool: Pool, model: Model) -> bool:
     """Whether some worker that is there could hold the model alone; True while none is there that serves it."""
-    sizes = [
-        device.bytes
-        for worker in pool.workers.values()
-        if worker.usable and model.provider in worker.status.providers
-        for device in worker.status.devices
+    serving = [
+        worker for worker in pool.workers.values() if worker.usable and model.provider in worker.status.providers
     ]
-    return not sizes or model.bytes <= max(sizes)
+    sizes = [[device.bytes for device in worker.devices_for(model.provider)] for worker in serving]
+    return not sizes or any(not of_one or model.bytes <= max(of_one) for of_one in sizes)
 
 
 # --- planning -------------------------------------------------------------------------------------------------------
@@ -125,6 +123,7 @@ def can_ever_fit(pool: Pool, model: Model) -> bool:
 def place(pool: Pool, now_ms: int) -> list[Action]:
     """Ask for leases on what is wanted, and drain what must give way."""
     planner = _Planner(pool, now_ms)
+    planner.relieve()
     for model in pool.models.values():
         if model.preload or model.pinned or pool.queues.get(model.id):
             planner.spread(model)
@@ -137,7 +136,7 @@ def place(pool: Pool, now_ms: int) -> list[Action]:
 
 
 def _wishes(pool: Pool, now_ms: int) -> Iterator[_Wish]:
-    coming = {lease.model for lease in pool.leases.values() if lease.coming}
+    coming = {lease.model for lease in pool.leases.values() if _will_serve(pool, lease)}
     for model in pool.models.values():
         queue = pool.queues.get(model.id)
         if model.id in coming or not model.bytes or not (queue or model.preload or model.pinned):
@@ -151,9 +150,15 @@ def _wishes(pool: Pool, now_ms: int) -> Iterator[_Wish]:
 def _short_of_slots(pool: Pool, model: Model) -> bool:
     if not model.bytes:
         return False
-    leases = [lease for lease in pool.of_model(model.id) if lease.coming]
+    leases = [lease for lease in pool.of_model(model.id) if _will_serve(pool, lease)]
     slots = sum(model.max_concurrency - len(lease.running) for lease in leases)
     return bool(leases) and len(pool.queues[model.id]) > slots
+
+
+def _will_serve(pool: Pool, lease: Lease) -> bool:
+    """Whether the lease serves or will; not on a worker that is about to leave."""
+    worker = pool.workers.get(lease.worker)
+    return lease.coming and (worker is None or not worker.status.stopping)
 
 
 def _busy(pool: Pool, lease: Lease) -> bool:
@@ -178,38 +183,56 @@ class _Planner:
         """Bytes that are on their way back."""
         self._active: dict[Place, list[Lease]] = {}
         """Leases that may have to give way."""
+        self._shared: set[str] = set()
         for name, worker in pool.workers.items():
             for device in worker.status.devices:
-                self._free[Place(name, device.id)] = device.bytes
+                if device.shared:
+                    self._shared.add(device.id)
+                self._free[self._spot(name, device.id)] = device.bytes
         for lease in pool.leases.values():
-            spot = Place(lease.worker, lease.device)
+            spot = self._spot(lease.worker, lease.device)
             self._free[spot] -= lease.holds
             if lease.state in (LeaseState.DRAINING, LeaseState.RELEASING):
                 self._leaving[spot] += lease.holds
             elif lease.state is LeaseState.ACTIVE and lease.bytes and not _pinned(pool, lease):
                 self._active.setdefault(spot, []).append(lease)
 
+    def _spot(self, worker: str, device: str) -> Place:
+        return Place("" if device in self._shared else worker, device)
+
+    def relieve(self) -> None:
+        """Drain idle models where more is held than there is: a device shrank or is gone, or models grew."""
+        for spot, free in list(self._free.items()):
+            missing = -free - self._leaving[spot]
+            if missing <= 0 or not spot.device:
+                continue
+            idle = [lease for lease in self._active.get(spot, ()) if not _busy(self._pool, lease)]
+            for lease in sorted(idle, key=lambda lease: self._cost(lease) / lease.bytes):
+                if missing > 0:
+                    missing -= lease.bytes
+                    self._drain(spot, lease, "its device has less memory than is held")
+
     def spread(self, model: Model) -> None:
         """Have every worker hold a model that takes no memory there that is counted."""
         for name, worker in self._workers(model):
-            if not model.bytes or not worker.status.devices:
-                self._ask(model, Place(name, ""))
+            if not worker.devices_for(model.provider):
+                self._ask(model, name, "")
 
     def grant(self, wish: _Wish) -> None:
         """Give a model memory, or have memory made free for it."""
         model = wish.model
         places = list(self._places(model))
-        fitting = [spot for spot in places if self._free[spot] >= model.bytes]
+        fitting = [place for place in places if self._free[self._spot(*place)] >= model.bytes]
         if fitting:
-            self._ask(model, min(fitting, key=self._free.__getitem__))
+            self._ask(model, *min(fitting, key=lambda place: self._free[self._spot(*place)]))
         elif wish.may_evict and places:
-            self._make_room(wish, places)
+            self._make_room(wish, sorted({self._spot(*place) for place in places}))
 
     def widen(self, model: Model) -> None:
         """Serve a model with more waiting than slots from further workers, where that takes nothing from others."""
-        for spot in self._places(model):
-            if self._free[spot] >= model.bytes:
-                self._ask(model, spot)
+        for place in self._places(model):
+            if self._free[self._spot(*place)] >= model.bytes:
+                self._ask(model, *place)
                 return
 
     def _workers(self, model: Model) -> Iterator[tuple[str, Worker]]:
@@ -221,18 +244,17 @@ class _Planner:
                     yield name, worker
 
     def _places(self, model: Model) -> Iterator[Place]:
-        """The devices of those workers."""
-        for name, worker in self._workers(model):
-            yield from (Place(name, device.id) for device in worker.status.devices)
+        """The devices of those workers, for a model whose size is known."""
+        if model.bytes:
+            for name, worker in self._workers(model):
+                yield from (Place(name, device.id) for device in worker.devices_for(model.provider))
 
-    def _ask(self, model: Model, spot: Place) -> None:
-        status = self._pool.workers[spot.worker].status
-        size = model.bytes if spot.device else 0
-        self._pool.leases[spot.worker, model.id] = Lease(
-            spot.worker, status.boot, model.id, spot.device, size, moved_ms=self._now
-        )
-        self._free[spot] -= size
-        self.actions.append(Grant(spot.worker, status.boot, model.id))
+    def _ask(self, model: Model, worker: str, device: str) -> None:
+        boot = self._pool.workers[worker].status.boot
+        size = model.bytes if device else 0
+        self._pool.leases[worker, model.id] = Lease(worker, boot, model.id, device, size, moved_ms=self._now)
+        self._free[self._spot(worker, device)] -= size
+        self.actions.append(Grant(worker, boot, model.id))
 
     # --- making room ----------------------------------------------------------------------------------------------
 
@@ -248,9 +270,12 @@ class _Planner:
         spot, victims = min(options, key=lambda option: (sum(map(self._cost, option[1])), option[0]))
         self._free[spot] -= wish.model.bytes
         for lease in victims:
-            self._active[spot].remove(lease)
-            self._leaving[spot] += lease.bytes
-            self.actions += drain(lease, self._now, f"makes room for {wish.model.id}")
+            self._drain(spot, lease, f"makes room for {wish.model.id}")
+
+    def _drain(self, spot: Place, lease: Lease, reason: str) -> None:
+        self._active[spot].remove(lease)
+        self._leaving[spot] += lease.bytes
+        self.actions += drain(lease, self._now, reason)
 
     def _victims(self, wish: _Wish, spot: Place) -> list[Lease] | None:
         """The cheapest of the leases on a device that may be taken and suffice; None when they do not."""

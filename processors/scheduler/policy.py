@@ -31,7 +31,6 @@ from processors.scheduler.messages import (
     Tick,
     WorkerSeen,
 )
-from processors.scheduler.queues import COMPLETION_WEIGHT, PROMPT_WEIGHT
 from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running, Worker
 from schemas.control import Model
 from schemas.events import Resident, Status, WorkerStatus
@@ -114,6 +113,7 @@ def _too_large(request: Request, model: Model) -> End:
 
 def _restored(pool: Pool, running: Running) -> list[Action]:
     pool.running[running.request.id] = running
+    pool.queue(running.request.model).charge_tokens(running.request, prompt=running.request.prompt_tokens)
     lease = pool.leases.get((running.worker, running.request.model))
     if lease is not None and lease.boot == running.boot:  # its worker was heard before this request was read
         lease.running.add(running.request.id)
@@ -146,9 +146,8 @@ def _finished(pool: Pool, event: Finished, now_ms: int) -> list[Action]:
             queue.remove(event.request_id)
         return []
     request = running.request
-    if event.prompt_tokens:
-        _charge(pool, request, PROMPT_WEIGHT * (event.prompt_tokens - request.prompt_tokens))
-    _charge_completion(pool, running, event.completion_tokens)
+    queue = pool.queue(request.model)
+    queue.charge_tokens(request, prompt=event.prompt_tokens, completion=event.completion_tokens)
     spent = max(0, now_ms - running.began_ms)
     known = pool.service_ms.get(request.model)
     pool.service_ms[request.model] = spent if known is None else known + 0.1 * (spent - known)
@@ -162,16 +161,6 @@ def _finished(pool: Pool, event: Finished, now_ms: int) -> list[Action]:
     actions = _dispatch(pool, request.model, now_ms)
     # It may be idle now, and another model may have waited for that.
     return actions if lease.running else actions + placement.place(pool, now_ms)
-
-
-def _charge(pool: Pool, request: Request, units: float) -> None:
-    pool.queue(request.model).charge(request.tenant, units)
-
-
-def _charge_completion(pool: Pool, running: Running, tokens: int) -> None:
-    if tokens > running.charged_tokens:
-        _charge(pool, running.request, COMPLETION_WEIGHT * (tokens - running.charged_tokens))
-        running.charged_tokens = tokens
 
 
 def _requeue(pool: Pool, request_id: str, attempt: int, now_ms: int) -> list[Action]:
@@ -197,11 +186,12 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     if known is not None and known.status.boot != status.boot:
         actions += _lose_boot(pool, known)
         known = None
-    trusted = status.term == pool.term
+    trusted = _is_trusted(pool, status)
     pool.workers[status.worker] = Worker(status, now_ms, trusted)
     if not trusted:
         # Asked again at each heartbeat until it shows: a term is idempotent, and the worker may be new.
-        return [*actions, SendTerm(status.worker)] if status.term < pool.term else actions
+        ask = SendTerm(status.worker, pool.fences.get(status.worker, 0))
+        return [*actions, ask] if status.term <= pool.term else actions
     first = known is None or not known.trusted
     actions += _adopt(pool, status, now_ms)
     actions += _see_freed(pool, status)
@@ -209,6 +199,10 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
         actions += _reconcile(pool, status)
     actions += _progress(pool, status)
     return actions + _serve(pool, now_ms)
+
+
+def _is_trusted(pool: Pool, status: WorkerStatus) -> bool:
+    return status.term == pool.term and status.fence >= pool.fences.get(status.worker, 0)
 
 
 def _adopt(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
@@ -250,6 +244,8 @@ def _follow(lease: Lease, resident: Resident, now_ms: int) -> list[Action]:
             if resident.bytes and lease.device:
                 lease.bytes = resident.bytes
             return placement.move(lease, LeaseState.ACTIVE, now_ms)
+        case "active" if lease.device:
+            lease.bytes = max(lease.bytes, resident.bytes)  # its peak
         case "failed" if lease.state in (LeaseState.LOADING, LeaseState.ACTIVE, LeaseState.DRAINING):
             lease.error = resident.error
             return placement.move(lease, LeaseState.FAILED, now_ms)
@@ -285,7 +281,7 @@ def _progress(pool: Pool, status: WorkerStatus) -> list[Action]:
     for attempt in status.running:
         known = pool.running.get(attempt.request_id)
         if known is not None and known.request.attempt == attempt.attempt:
-            _charge_completion(pool, known, attempt.tokens)
+            pool.queue(known.request.model).charge_tokens(known.request, completion=attempt.tokens)
         else:
             reason = "The attempt was superseded."
             strays.append(CancelRunning(attempt.request_id, status.worker, reason, Status.CANCELLED))
@@ -384,6 +380,8 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
         if now_ms - worker.seen_ms > WORKER_TIMEOUT_MS:
             del pool.workers[name]
             actions += _lose_boot(pool, worker)
+            # Should it come back, what it was told and has not read comes first: it may load a model yet.
+            pool.fences[name] = pool.fences.get(name, 0) + 1
     for running in [r for r in pool.running.values() if r.worker not in pool.workers]:
         # Restored from an earlier term, on a worker that never came back.
         if now_ms - pool.taken_ms > WORKER_TIMEOUT_MS:

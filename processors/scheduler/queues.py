@@ -78,8 +78,19 @@ class Queue:
             return None
         place = min(places, key=lambda at: (at[0], self.counters[at[1]], at[1]))
         request = next(iter(self._lanes[place].values()))
-        self.charge(request.tenant, PROMPT_WEIGHT * request.prompt_tokens)
+        self.charge_tokens(request, prompt=request.prompt_tokens)
         return self.remove(request.id)
+
+    def charge_tokens(self, request: Request, *, prompt: int = 0, completion: int = 0) -> None:
+        """Count a request's tokens so far, in all, for its tenant; what was counted before is not counted again."""
+        units = PROMPT_WEIGHT * (prompt - request.charged_prompt) if prompt else 0.0
+        if prompt:
+            request.charged_prompt = prompt
+        if completion > request.charged_completion:
+            units += COMPLETION_WEIGHT * (completion - request.charged_completion)
+            request.charged_completion = completion
+        if units:
+            self.charge(request.tenant, units)
 
     def charge(self, tenant: str, units: float) -> None:
         """Count service given to a tenant."""

@@ -157,7 +157,7 @@ class Scheduler:
                 )
             for status in list(self._heartbeats.values()):
                 if status.pool == name and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
-                    await runner.feed(messages.WorkerSeen(status))
+                    await runner.heard(status)
             # From here on a worker that was not heard is missed.
             runner.state.taken_ms = now_ms()
             log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
@@ -188,7 +188,7 @@ class Scheduler:
         self._heartbeats[status.worker] = status
         runner = self._pools.get(status.pool)
         if runner is not None and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
-            await runner.feed(messages.WorkerSeen(status))
+            await runner.heard(status)
 
     async def _on_term(self, pool: str, term: int) -> None:
         runner = self._pools.get(pool)

@@ -14,6 +14,7 @@ from headrace.settings import Settings
 from processors.scheduler import messages, policy
 from processors.scheduler.messages import Action, Event
 from processors.scheduler.recovery import Recovery
+from processors.scheduler.sizes import Sizes
 from processors.scheduler.state import Pool, Request
 from processors.scheduler.tails import Ended, Tails
 from schemas.control import Model, Provider
@@ -35,6 +36,7 @@ from schemas.events import (
     Terminal,
     Timings,
     UnloadCommand,
+    WorkerStatus,
 )
 from topics.catalogue import LEASES, LIVE, POOL_STATUS, ROUTED, worker_commands
 from topics.clients import Producer
@@ -70,10 +72,14 @@ class PoolRunner:
         self.state = Pool(term=-1)
         self.held: dict[str, Held] = {}
         self.providers: dict[str, Provider] = {}
+        """By name, also those that are gone."""
         self.fail: Callable[[BaseException], None] = lambda error: None
         self._producer = producer
         self._outcomes = Outcomes(producer, "scheduler", settings.instance)
         self._recovery = Recovery(settings.kafka_bootstrap, producer, self._outcomes, tails)
+        self._declared: dict[str, Model] = {}
+        """The models as the registry has them."""
+        self._sizes = Sizes()
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -96,11 +102,14 @@ class PoolRunner:
 
     async def finished(self, ended: Ended) -> bool:
         """The log holds a terminal: drop the request and tombstone its record. False when it is not this pool's."""
-        if self.held.pop(ended.request_id, None) is None:
-            return False
-        self.bury_live(ended.request_id)
         usage = ended.usage
-        await self.feed(messages.Finished(ended.request_id, usage.prompt_tokens, usage.completion_tokens))
+        event = messages.Finished(ended.request_id, usage.prompt_tokens, usage.completion_tokens)
+        async with self._lock:  # Actions that are being carried out may need the record.
+            if self.held.pop(ended.request_id, None) is None:
+                return False
+            self.bury_live(ended.request_id)
+            waits = await self._carry_out(policy.step(self.state, event, now_ms()))
+        await asyncio.gather(*waits)
         return True
 
     def bury_live(self, request_id: str) -> None:
@@ -152,8 +161,8 @@ class PoolRunner:
                     waits.append(await self._command(worker, UnloadCommand(self.state.term, boot, epoch, model)))
                 case messages.LeaseMoved():
                     waits.append(await self._lease(action))
-                case messages.SendTerm(worker):
-                    waits.append(await self._command(worker, TermCommand(self.state.term, self.name)))
+                case messages.SendTerm(worker, fence):
+                    waits.append(await self._command(worker, TermCommand(self.state.term, self.name, fence)))
         if lost:
             self.spawn(self._recover(lost))
         return waits
@@ -238,9 +247,16 @@ class PoolRunner:
     # --- telling others ---------------------------------------------------------------------------------------
 
     async def models_changed(self, models: dict[str, Model], providers: dict[str, Provider]) -> None:
-        """Follow the registry."""
-        self.providers = providers
-        await self.feed(messages.ModelsChanged(models))
+        """Follow the registry. A model whose provider is gone is gone too."""
+        self._declared = {id: model for id, model in models.items() if model.provider in providers}
+        self.providers |= providers  # Commands for leases that there still are name the old ones.
+        await self.feed(messages.ModelsChanged(self._sizes.applied(self._declared)))
+
+    async def heard(self, status: WorkerStatus) -> None:
+        """Follow a worker; the sizes of its models come first, since memory is planned by them."""
+        if self._sizes.learn(status):
+            await self.feed(messages.ModelsChanged(self._sizes.applied(self._declared)))
+        await self.feed(messages.WorkerSeen(status))
 
     async def publish_status(self) -> None:
         """Tell the ingresses how the pool stands."""

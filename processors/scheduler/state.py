@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from processors.scheduler.queues import Queue
 from schemas.control import Model
-from schemas.events import Priority, WorkerStatus
+from schemas.events import Device, Priority, WorkerStatus
 
 
 @dataclass(slots=True)
@@ -24,6 +24,9 @@ class Request:
     priority: Priority = Priority.STANDARD
     prompt_tokens: int = 0
     """An estimate."""
+    charged_prompt: int = 0
+    charged_completion: int = 0
+    """Tokens that its tenant was charged for, over all attempts."""
     waiting_ms: int = 0
     """Since when it waits: its arrival, or when its worker was lost."""
     start_by_ms: int = 0
@@ -101,8 +104,6 @@ class Running:
     began_ms: int = 0
     """When it was assigned, or taken over."""
     cancel_asked: bool = False
-    charged_tokens: int = 0
-    """Completion tokens that its tenant was charged for."""
 
 
 @dataclass(slots=True)
@@ -112,12 +113,16 @@ class Worker:
     status: WorkerStatus
     seen_ms: int
     trusted: bool = False
-    """Whether its heartbeat showed our term: every command of earlier terms has been handled there."""
+    """Whether its heartbeat showed our term and fence: every command from before them has been handled there."""
 
     @property
     def usable(self) -> bool:
         """Whether it may be given work."""
         return self.trusted and not self.status.stopping
+
+    def devices_for(self, provider: str) -> list[Device]:
+        """The devices that a provider's models take memory of; none where their memory is not ours to count."""
+        return [device for device in self.status.devices if provider in device.providers]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +147,8 @@ class Pool:
     """Tenant -> share; 1 for those without one."""
     limits: Limits = field(default_factory=Limits)
     workers: dict[str, Worker] = field(default_factory=dict)
+    fences: dict[str, int] = field(default_factory=dict)
+    """Worker -> the fence that it must show, when it was lost and its process may still be there."""
     leases: dict[tuple[str, str], Lease] = field(default_factory=dict)
     """By (worker, model)."""
     queues: dict[str, Queue] = field(default_factory=dict)

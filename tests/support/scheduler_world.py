@@ -41,7 +41,14 @@ class Machine:
 
     boot: int = 0
     alive: bool = False
+    paused: bool = False
+    """Whether it is stopped, or cut off: it says nothing, and what it is told waits."""
+    behind: bool = False
+    """Whether it was, and has not read since; it may say how it is before that."""
+    inbox: list[Action] = field(default_factory=list)
+    """Commands that it has not read."""
     term: int = 0
+    fence: int = 0
     resident: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Model -> (epoch, state); all but failed ones take memory."""
     running: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
@@ -97,24 +104,13 @@ class World:
 
     def do(self, action: Action) -> None:
         match action:
-            case messages.SendTerm(worker):
-                self.machines[worker].term = self.term
+            case messages.Assign(request, worker, boot, epoch):
+                self.may_assign(request, worker, boot, epoch)
+                self.command(worker, replace(action, request=replace(request)))  # as it is now
+            case messages.SendTerm() | messages.Load() | messages.Unload() | messages.CancelRunning():
+                self.command(action.worker, action)
             case messages.Grant():
                 self.grants.append(action)
-            case messages.Load(worker, boot, model, epoch, device):
-                self.load(worker, boot, model, epoch, device)
-            case messages.Unload(worker, boot, model, epoch):
-                machine = self.machines[worker]
-                if boot == str(machine.boot) and machine.alive and machine.resident.get(model, (0, ""))[0] == epoch:
-                    hold(not any(held == model for held, _ in machine.running.values()), "a model in use is unloaded")
-                    hold(not MODELS[model].pinned, "a pinned model is unloaded")
-                    machine.resident[model] = (epoch, "unloading")
-            case messages.Assign(request, worker, boot, epoch):
-                self.assign(request, worker, boot, epoch)
-            case messages.CancelRunning(request_id, worker, _, status):
-                for attempt in [key for key in self.machines[worker].running if key[0] == request_id]:
-                    del self.machines[worker].running[attempt]
-                    self.finish(request_id, attempt[1], status)
             case messages.End(request, status, _, _):
                 hold(request.id not in self.ended, "a request ends twice")
                 self.finish(request.id, request.attempt, status)
@@ -123,17 +119,51 @@ class World:
             case messages.Enqueued() | messages.LeaseMoved():
                 pass
 
-    def load(self, worker: str, boot: str, model: str, epoch: int, device: str) -> None:
+    def command(self, worker: str, action: Action) -> None:
+        """A worker reads its commands in order, at once unless it was held up."""
         machine = self.machines[worker]
-        if boot != str(machine.boot) or not machine.alive:
-            return
+        if machine.alive:
+            machine.inbox.append(action)
+            if not machine.behind:
+                self.read(worker)
+
+    def read(self, name: str) -> None:
+        """A worker reads what it was told."""
+        machine = self.machines[name]
+        if not machine.paused:
+            machine.behind = False
+            while machine.inbox:
+                self.obey(machine, machine.inbox.pop(0))
+
+    def obey(self, machine: Machine, action: Action) -> None:
+        match action:
+            case messages.SendTerm(_, fence):
+                machine.term, machine.fence = self.term, fence
+            case messages.Load(_, boot, model, epoch, device) if boot == str(machine.boot):
+                self.load(machine, model, epoch, device)
+            case messages.Unload(_, boot, model, epoch) if boot == str(machine.boot):
+                if machine.resident.get(model, (0, ""))[0] == epoch:
+                    hold(not any(held == model for held, _ in machine.running.values()), "a model in use is unloaded")
+                    hold(not MODELS[model].pinned, "a pinned model is unloaded")
+                    machine.resident[model] = (epoch, "unloading")
+            case messages.Assign(request, _, boot, epoch) if boot == str(machine.boot):
+                if machine.resident.get(request.model) == (epoch, "active"):
+                    machine.running[request.id, request.attempt] = (request.model, 0)
+                else:
+                    self.finish(request.id, request.attempt, Status.FAILED)
+            case messages.CancelRunning(request_id, _, _, status):
+                for attempt in [key for key in machine.running if key[0] == request_id]:
+                    del machine.running[attempt]
+                    self.finish(request_id, attempt[1], status)
+
+    def load(self, machine: Machine, model: str, epoch: int, device: str) -> None:
         hold(epoch > machine.resident.get(model, (-1, ""))[0], "an epoch does not grow")
         hold(bool(device) == bool(MODELS[model].bytes), "memory is granted on a device")
         machine.resident[model] = (epoch, "loading")
         self.loads += 1
         hold(machine.used() <= SIZE, f"oversold: {machine.resident}")
 
-    def assign(self, request: Request, worker: str, boot: str, epoch: int) -> None:
+    def may_assign(self, request: Request, worker: str, boot: str, epoch: int) -> None:
         hold(request.id not in self.ended, "what has ended is begun again")
         known = self.pool.workers[worker]
         hold(
@@ -146,9 +176,6 @@ class World:
         hold(request.attempt > self.given.get(request.id, 0), "an attempt is given twice")
         hold(request.attempt == self.opened.get(request.id, 1), "an attempt is assigned before it is opened")
         self.given[request.id] = request.attempt
-        machine = self.machines[worker]
-        if machine.alive and str(machine.boot) == boot:
-            machine.running[request.id, request.attempt] = (request.model, 0)
 
     def finish(self, request_id: str, attempt: int, status: Status) -> None:
         """The log takes a terminal, if it is the one that decides."""
@@ -181,9 +208,17 @@ class World:
         machine.alive = False
         machine.running.clear()
 
+    def pause(self, name: str) -> None:
+        """A worker is stopped, or cut off from the brokers."""
+        self.machines[name].paused = self.machines[name].behind = True
+
+    def resume(self, name: str) -> None:
+        """It goes on where it was."""
+        self.machines[name].paused = False
+
     def heartbeat(self, name: str, *, stopping: bool = False) -> None:
         machine = self.machines[name]
-        if not machine.alive:
+        if not machine.alive or machine.paused:
             return
         resident = [
             Resident(model, epoch, state, device="d" if MODELS[model].bytes else "")
@@ -192,7 +227,8 @@ class World:
         running = [RunningAttempt(key[0], key[1], 0, tokens) for key, (_, tokens) in machine.running.items()]
         status = WorkerStatus(
             name, str(machine.boot), "default", machine.term, self.now, providers=["p", "q"],
-            resident=resident, running=running, stopping=stopping, devices=[Device("d", SIZE)],
+            resident=resident, running=running, stopping=stopping,
+            devices=[Device("d", SIZE, ["p"])], fence=machine.fence,
         )  # fmt: skip
         self.tell(messages.WorkerSeen(status))
 
@@ -206,6 +242,8 @@ class World:
     def settle(self, name: str, state: str = "active") -> None:
         """Loads end in `state`, unloads have freed their memory."""
         machine = self.machines[name]
+        if machine.paused:
+            return
         for model, (epoch, held) in list(machine.resident.items()):
             if held == "loading":
                 self.excuses += state == "failed"
@@ -214,13 +252,13 @@ class World:
                 del machine.resident[model]
 
     def generate(self, name: str) -> None:
-        running = self.machines[name].running
+        running = {} if self.machines[name].paused else self.machines[name].running
         for key, (model, tokens) in running.items():
             running[key] = (model, tokens + 3)
 
     def complete(self, name: str) -> None:
         machine = self.machines[name]
-        if machine.running:
+        if machine.running and not machine.paused:
             request_id, attempt = next(iter(machine.running))
             del machine.running[request_id, attempt]
             self.finish(request_id, attempt, Status.COMPLETED)
@@ -268,6 +306,8 @@ class World:
         """All that it takes until a worker serves."""
         if not self.machines[name].alive:
             self.boot(name)
+        self.resume(name)
+        self.read(name)
         for _ in range(3):
             self.heartbeat(name)
             while self.grants:

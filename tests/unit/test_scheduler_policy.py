@@ -16,7 +16,7 @@ from processors.scheduler.policy import step
 from processors.scheduler.queues import Queue
 from processors.scheduler.state import Limits, Pool, Request, Running
 from schemas.control import Model
-from schemas.events import Device, Priority, Resident, Status, WorkerStatus
+from schemas.events import Device, Priority, Resident, RunningAttempt, Status, WorkerStatus
 from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, World
 
 TERM = 7
@@ -279,7 +279,7 @@ class Machine:
             messages.WorkerSeen(
                 WorkerStatus(
                     "w1", "b1", "default", TERM, self.now, providers=["p"], resident=shown,
-                    devices=[Device("d", self.size)],
+                    devices=[Device("d", self.size, ["p"])],
                 )
             )
         )  # fmt: skip
@@ -418,6 +418,121 @@ def test_a_load_that_failed_is_tried_again_for_the_next_who_asks() -> None:
     machine.ask("later", "flaky")
     machine.run(2_000)
     assert [name for _, name in machine.assigned] == ["later"]
+
+
+def test_a_device_that_shrinks_has_its_cheapest_idle_models_drained() -> None:
+    machine = Machine(10, [_sized("dear", 4, 9_000), _sized("cheap", 4), _sized("used", 2)])
+    for model in ("dear", "cheap", "used"):
+        machine.ask(model, model)
+        machine.run(10_000)
+    machine.done("dear")
+    machine.done("cheap")
+    machine.size = 7  # somebody else takes some of it
+    machine.run(1_000)
+    assert machine.held == {"dear", "used"}
+    machine.size = 5
+    machine.run(1_000)
+    assert machine.held == {"used"}
+    machine.size = 1
+    machine.run(60_000)
+    assert machine.held == {"used"}, "what is in use stays: its memory is taken, whatever we wish"
+
+
+def test_a_device_that_is_gone_gets_nothing_and_keeps_nothing_idle() -> None:
+    machine = Machine(10, [_sized("one", 4), _sized("two", 4)])
+    machine.ask("r", "one")
+    machine.run(2_000)
+    machine.done("r")
+    machine.size = 0
+    machine.run(1_000)
+    assert machine.held == set()
+    machine.ask("s", "two")
+    [refused] = machine.ended
+    assert refused.status is Status.REJECTED and machine.held == set()
+
+
+def _worker(name: str, *devices: Device, providers: tuple[str, ...] = ("p",), **fields: Any) -> messages.WorkerSeen:
+    status = WorkerStatus(name, "b1", "default", TERM, 0, providers=list(providers), devices=list(devices), **fields)
+    return messages.WorkerSeen(status)
+
+
+def _granted(actions: list[messages.Action]) -> list[tuple[str, str]]:
+    return [(action.worker, action.model) for action in actions if isinstance(action, messages.Grant)]
+
+
+def test_memory_of_one_server_is_granted_once_whoever_reaches_it() -> None:
+    models = {name: Model(name, "p", "t", bytes=6, pinned=True) for name in ("one", "two")}
+    server = Device("server", 10, ["p"], shared=True)
+    pool = Pool(term=TERM, models=models)
+    assert _granted(step(pool, _worker("w1", server), 0)) == [("w1", "one")]
+    assert _granted(step(pool, _worker("w2", server), 0)) == []
+    apart = Pool(term=TERM, models=models)
+    step(apart, _worker("w1", Device("card", 10, ["p"])), 0)
+    assert _granted(step(apart, _worker("w2", Device("card", 10, ["p"])), 0)) == [("w2", "two")]
+
+
+def test_only_a_providers_own_devices_hold_its_models() -> None:
+    models = {"local": Model("local", "p", "t", bytes=6), "remote": Model("remote", "q", "t")}
+    pool = Pool(term=TERM, models=models)
+    step(pool, _worker("w1", Device("ram", 10, ["p"]), providers=("p", "q")), 0)
+    leases = {model: lease.device for (_, model), lease in pool.leases.items()}
+    assert leases == {"local": "ram", "remote": ""}
+
+
+def test_a_model_of_unknown_size_waits_until_it_is_known() -> None:
+    pool = Pool(term=TERM, models={"one": Model("one", "p", "t")})
+    assert _granted(step(pool, _worker("w1", Device("ram", 10, ["p"])), 0)) == []
+    sized = messages.ModelsChanged({"one": Model("one", "p", "t", bytes=4)})
+    assert _granted(step(pool, sized, 0)) == [("w1", "one")]
+
+
+def test_what_no_device_holds_is_taken_where_memory_is_not_counted() -> None:
+    pool = Pool(term=TERM, models={"huge": Model("huge", "p", "t", bytes=99, preload=False)})
+    step(pool, _worker("small", Device("ram", 10, ["p"])), 0)
+    [refused] = step(pool, messages.Arrived(Request("r", "t", "huge", 0, 10**9)), 0)
+    assert isinstance(refused, messages.End)
+    step(pool, _worker("far"), 0)
+    taken = step(pool, messages.Arrived(Request("s", "t", "huge", 0, 10**9)), 0)
+    assert _granted(taken) == [("far", "huge")]
+
+
+def test_a_model_on_a_worker_that_leaves_is_loaded_elsewhere() -> None:
+    pool = Pool(term=TERM, models={"one": Model("one", "p", "t", bytes=4)})
+    ram = Device("ram", 10, ["p"])
+    step(pool, _worker("w1", ram), 0)
+    step(pool, messages.LeaseGranted("w1", "one", 1), 0)
+    held = [Resident("one", 1, "active", device="ram")]
+    assert _granted(step(pool, _worker("w2", ram), 0)) == []
+    assert _granted(step(pool, _worker("w1", ram, stopping=True, resident=held), 0)) == [("w2", "one")]
+
+
+def test_a_lease_grows_with_what_its_model_is_seen_to_take() -> None:
+    pool = Pool(term=TERM, models={"one": Model("one", "p", "t", bytes=4)})
+    ram = Device("ram", 10, ["p"])
+    step(pool, _worker("w1", ram), 0)
+    step(pool, messages.LeaseGranted("w1", "one", 1), 0)
+    seen = []
+    for size in (3, 5, 4):
+        step(pool, _worker("w1", ram, resident=[Resident("one", 1, "active", size, device="ram")]), 0)
+        seen.append(pool.leases["w1", "one"].bytes)
+    assert seen == [3, 5, 5], "measured, then its peak"
+
+
+def test_a_prompt_is_charged_once_however_many_workers_die_under_it() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    request = Request("r", "t", "one", 0, 10**9, prompt_tokens=100)
+    step(pool, messages.Arrived(request), 0)
+    running = [RunningAttempt("r", 1, 5, 10)]
+    shown = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], running=running)
+    step(pool, messages.WorkerSeen(shown), 0)
+    step(pool, messages.WorkerSeen(WorkerStatus("w1", "b2", "default", TERM, 0, providers=["p"])), 0)
+    step(pool, messages.AttemptEmpty("r", 2), 0)
+    step(pool, messages.LeaseGranted("w1", "one", 6), 0)
+    held = [Resident("one", 6, "active")]
+    step(pool, messages.WorkerSeen(WorkerStatus("w1", "b2", "default", TERM, 0, providers=["p"], resident=held)), 0)
+    assert "r" in pool.running
+    step(pool, messages.Finished("r", 110, 30), 0)
+    assert pool.queue("one").counters["t"] == 110 + 2 * 30
 
 
 # --- found by reading and by fault tests --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from processors.scheduler import placement, policy
 from processors.scheduler.messages import Action, Unload
 from processors.scheduler.queues import Queue
 from processors.scheduler.state import Lease, LeaseState, Pool, Request, Worker
-from schemas.events import Priority, Resident
+from schemas.events import Priority, Resident, WorkerStatus
 from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, Broken, World
 
 STEPS = 1_000_000
@@ -63,11 +63,17 @@ def act(world: World, chance: random.Random) -> None:
         world.read_log()
     elif what < 0.90:
         world.recover(empty=chance.random() < 0.7)
-    elif what < 0.91:
+    elif what < 0.905:
         world.die(worker)
-    elif what < 0.918:
+    elif what < 0.91:
         world.boot(worker)
-    elif what < 0.925:
+    elif what < 0.92:
+        world.pause(worker)
+    elif what < 0.927:
+        world.resume(worker)
+    elif what < 0.935:
+        world.read(worker)
+    elif what < 0.941:
         world.take_over()
     elif what < 0.95:
         world.healthy(worker)
@@ -128,9 +134,15 @@ def _any_boot(pool: Pool, worker: Worker) -> list[Action]:
     return []
 
 
+def _any_fence(pool: Pool, status: WorkerStatus) -> bool:
+    """A worker that comes back is believed before it has read what it was told."""
+    return status.term == pool.term
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "mutant"),
     [
+        (policy, "_is_trusted", _any_fence),
         (policy, "_takes_work", _trust_all),
         (policy, "_follow", _resurrect),
         (placement, "release_drained", _free_at_once),
@@ -144,6 +156,7 @@ def _any_boot(pool: Pool, worker: Worker) -> list[Action]:
         (policy, "_reconcile", lambda pool, status: []),
     ],
     ids=[
+        "believe who comes back",
         "skip a fence", "resurrect a victim", "bytes given away too early", "unload what is in use", "forget a queue",
         "keep what the dead held", "forget a lost request", "leak bytes", "forget what is loading", "never free",
         "believe that all still runs",

@@ -1,0 +1,24 @@
+"""Sizes of models, as workers tell them."""
+
+from __future__ import annotations
+
+from processors.scheduler.sizes import Sizes
+from schemas.control import Model
+from schemas.events import Need, WorkerStatus
+
+
+def heartbeat(worker: str, *needs: Need) -> WorkerStatus:
+    return WorkerStatus(worker, "b", "default", 1, 0, ["p"], needs=list(needs))
+
+
+def test_the_larger_of_what_workers_tell_counts_and_what_an_operator_declared_goes_before_it() -> None:
+    models = {"a": Model("a", "p", "t"), "b": Model("b", "p", "t", bytes=7), "c": Model("c", "p", "t")}
+    sizes = Sizes()
+    assert sizes.applied(models) == models
+    assert sizes.learn(heartbeat("w1", Need("a", 10, 500), Need("b", 9, 400)))
+    assert sizes.learn(heartbeat("w2", Need("a", 12, 300)))
+    assert not sizes.learn(heartbeat("w2", Need("a", 12, 300)))
+    found = sizes.applied(models)
+    assert [(found[id].bytes, found[id].load_ms) for id in "abc"] == [(12, 500), (7, 400), (0, 0)]
+    assert sizes.learn(heartbeat("w2", Need("a", 11, 300))), "it was measured"
+    assert sizes.applied(models)["a"].bytes == 11
