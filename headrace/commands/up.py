@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
@@ -51,8 +52,12 @@ def register(app: typer.Typer) -> None:
         data_dir: Path = typer.Option(_DATA_DIR, envvar="HEADRACE_DATA_DIR", help="Data directory to look at."),
     ) -> None:
         """Say what is missing or broken on this machine and in the stack that runs here, and what to do."""
+        import structlog
+
         from headrace.doctor import examine
 
+        # What looking at devices would log, the findings say.
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
         findings = examine(data_dir)
         for finding in findings:
             typer.echo(finding.line())
