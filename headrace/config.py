@@ -28,7 +28,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "chat_template": str,
         "embeddings": str,
     },
-    "ollama": _REMOTE_OPTIONS,
+    "ollama": {**_REMOTE_OPTIONS, "memory_bytes": int, "parallel": int},
     "openai": _REMOTE_OPTIONS,
 }
 """Options of each kind of provider; the workers' providers have the same ones."""

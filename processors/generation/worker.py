@@ -155,7 +155,7 @@ class Worker:
     async def _bring(self, held: _Held, provider: Provider) -> None:
         began = time.monotonic()
         try:
-            held.bytes = (await provider.load(held.model)).bytes
+            held.bytes = (await provider.load(held.model, held.device)).bytes
             held.settle("active")
             metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
             log.info("model_loaded", model=held.model.id, epoch=held.epoch, bytes=held.bytes)

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
 
 import msgspec
 import psutil
@@ -21,7 +20,7 @@ import pytest
 from headrace.errors import ContextLengthExceeded, ProviderError, ProviderRefused, UnsupportedParameter
 from processors.generation.providers.base import Choices, Done, Finish, Piece, Text
 from schemas.events import Usage
-from tests.support.backends import ASK, MAKERS, WEIGHTS, Backend
+from tests.support.backends import ASK, WEIGHTS, Backend
 
 
 def text_of(pieces: list[Piece], index: int = 0) -> str:
@@ -38,13 +37,6 @@ def reasons(pieces: list[Piece]) -> dict[int, str]:
     return {piece.index: piece.reason for piece in pieces if isinstance(piece, Finish)}
 
 
-@pytest.fixture(scope="session", params=MAKERS)
-async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
-    async with MAKERS[request.param]() as made:
-        await made.provider.load(made.model)
-        yield made
-
-
 async def test_it_is_healthy_and_lists_its_models(backend: Backend) -> None:
     await backend.provider.health()
     tags = [one.tag for one in await backend.provider.list()]
@@ -54,7 +46,7 @@ async def test_it_is_healthy_and_lists_its_models(backend: Backend) -> None:
 async def test_loading_twice_is_one_resident_model(backend: Backend) -> None:
     before = backend.engine()
     loaded = await backend.provider.load(backend.model)
-    held = [one for one in await backend.provider.resident() if one.tag.startswith(backend.model.backend_tag)]
+    held = [one for one in await backend.provider.resident() if one.model == backend.model.id]
     assert len(held) == 1
     assert backend.engine() == before, "the model was loaded again"
     if backend.kind != "openai":

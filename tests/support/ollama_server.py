@@ -28,6 +28,7 @@ from starlette.routing import Route
 
 from headrace.errors import HeadraceError
 from processors.generation.providers.base import Choices, Done, Finish, Text
+from processors.generation.providers.gguf import read_header
 from processors.generation.providers.llama_cpp import LlamaCpp, Options
 from processors.generation.providers.llama_models import resolve
 from schemas.control import Model
@@ -39,7 +40,6 @@ JINJA = (
 )
 """The same template, as the engine takes it."""
 PULLABLE = {"smollm2:135m": "SmolLM2-135M-Instruct"}
-TRAINED_CONTEXT = 8192
 SLOTS = 2
 
 
@@ -106,18 +106,18 @@ async def tags(request: Request) -> Response:
 
 async def running(request: Request) -> Response:
     server: Server = request.app.state.server
-    sizes = {one.tag: one.bytes for one in await server.engine.resident()}
+    sizes = {one.model: one.bytes for one in await server.engine.resident()}
     models = [
         {
             "name": name,
             "model": name,
-            "size": sizes[model.backend_tag],
+            "size": sizes[name],
             "size_vram": 0,
             "expires_at": "2318-01-01T00:00:00Z",
             "context_length": model.context_length,
         }
         for name, model in server.loaded.items()
-        if model.backend_tag in sizes
+        if name in sizes
     ]
     return JSONResponse({"models": models})
 
@@ -125,12 +125,15 @@ async def running(request: Request) -> Response:
 async def show(request: Request) -> Response:
     server: Server = request.app.state.server
     name = server.known((await request.json())["model"])
-    info = {"general.architecture": "llama", "llama.context_length": TRAINED_CONTEXT}
+    header = read_header(server.files[name])
+    info: dict[str, Any] = {key: value for key, value in header.metadata.items() if not isinstance(value, tuple)}
+    info |= dict.fromkeys(header.lengths)  # the genuine server keeps arrays to itself, too
+    info["general.parameter_count"] = sum(tensor.elements for tensor in header.tensors)
     return JSONResponse(
         {
             "modelfile": f"FROM {server.files[name]}",
             "template": TEMPLATE,
-            "details": {"family": "llama"},
+            "details": {"family": "llama", "quantization_level": "Q4_1"},
             "model_info": info,
             "capabilities": ["completion"],
         }

@@ -10,7 +10,7 @@ import pytest
 
 from headrace.config import OPTIONS, Config, ConfigError, default_config, load_config, parse_config
 from headrace.toml_lines import line_of, locate
-from processors.generation.providers.factory import RemoteOptions
+from processors.generation.providers.factory import OllamaOptions, RemoteOptions
 from processors.generation.providers.llama_cpp import Options as LlamaOptions
 from schemas.control import Price
 
@@ -182,7 +182,7 @@ def test_lines_are_found_behind_values_of_many_lines_and_in_dotted_keys() -> Non
 
 
 def test_the_known_options_are_those_of_the_workers_providers() -> None:
-    structs = {"llama_cpp": LlamaOptions, "ollama": RemoteOptions, "openai": RemoteOptions}
+    structs = {"llama_cpp": LlamaOptions, "ollama": OllamaOptions, "openai": RemoteOptions}
     for kind, struct in structs.items():
         known = {field.name: field.type for field in msgspec.structs.fields(struct)}
         assert OPTIONS[kind].keys() == known.keys()

@@ -22,7 +22,7 @@ from schemas import control
 OLLAMA_URL = "http://127.0.0.1:11434"
 IDLE_TIMEOUT_S = 120.0
 
-Options = TypeVar("Options", LlamaOptions, "RemoteOptions")
+Options = TypeVar("Options", LlamaOptions, "RemoteOptions", "OllamaOptions")
 
 
 class RemoteOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -31,6 +31,15 @@ class RemoteOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     idle_timeout_s: float = IDLE_TIMEOUT_S
     """Seconds without a byte after which an answer has failed; it must cover the longest prefill."""
     connect_timeout_s: float = 5.0
+
+
+class OllamaOptions(RemoteOptions, frozen=True, forbid_unknown_fields=True):
+    """`options` of an ollama provider record."""
+
+    memory_bytes: int | None = None
+    """Memory that its machine gives to models, in bytes; models are then loaded and unloaded to fit."""
+    parallel: int = 1
+    """What the server has as OLLAMA_NUM_PARALLEL: a model's cache is that many contexts."""
 
 
 def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.environ) -> Provider:
@@ -45,20 +54,20 @@ def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.e
             raise ProviderError(
                 f"provider {record.name!r} of kind openai needs a base_url, such as http://host:8000/v1"
             )
-        return OpenAICompatible(record.name, _pool(record, _endpoint(record, record.base_url), environ))
+        endpoint = _endpoint(record, record.base_url)
+        return OpenAICompatible(record.name, _pool(record, endpoint, _options(record, RemoteOptions), environ))
     if record.kind == "ollama":
         endpoint = _endpoint(record, record.base_url or OLLAMA_URL)
-        pool = _pool(record, endpoint, environ)
-        options = _options(record, RemoteOptions)
+        options = _options(record, OllamaOptions)
+        pool = _pool(record, endpoint, options, environ)
         client = AsyncClient(
             host=record.base_url or OLLAMA_URL, headers=_headers(record, environ), timeout=options.idle_timeout_s
         )
-        return Ollama(record.name, client, pool)
+        return Ollama(record.name, client, pool, memory_bytes=options.memory_bytes, parallel=options.parallel)
     raise ProviderError(f"provider {record.name!r} has kind {record.kind!r}; it must be llama_cpp, ollama or openai")
 
 
-def _pool(record: control.Provider, endpoint: Endpoint, environ: Mapping[str, str]) -> Pool:
-    options = _options(record, RemoteOptions)
+def _pool(record: control.Provider, endpoint: Endpoint, options: RemoteOptions, environ: Mapping[str, str]) -> Pool:
     try:
         return Pool(
             record.name,

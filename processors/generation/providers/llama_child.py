@@ -37,11 +37,18 @@ class Launch(msgspec.Struct, frozen=True):
     """A private directory; it holds the unix socket and is removed at the end."""
     parent: int
     """Process id of the worker."""
+    device: str = ""
+    """The device that the model may use, as in `Provider.load`; it reaches the engine through the environment."""
     gpu_layers: int = -1
     chat_template: str = ""
     """A Jinja template in place of the model's own; empty keeps the model's."""
     pooling: str | None = None
     """How embeddings are pooled (`model`, `mean`, `cls`, `last`); None serves none."""
+
+    @property
+    def http_threads(self) -> int:
+        """Threads of the server: a connection at rest holds one, so there are more of them than slots."""
+        return 4 * self.slots + 16
 
 
 def die_with_parent(parent: int) -> None:
@@ -86,11 +93,15 @@ def serve(launch: Launch):  # type: ignore[no-untyped-def]  # xllamacpp has no t
     params.n_gpu_layers = launch.gpu_layers
     params.n_batch = params.n_ubatch = launch.batch_tokens
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = launch.threads
-    # A connection at rest holds one of the server's threads, so there are more of them than slots.
-    params.n_threads_http = 4 * launch.slots + 16
+    params.n_threads_http = launch.http_threads
+    # Weights are read, not mapped: the engine lays most kinds out anew for the CPU, and mapped ones would then be
+    # resident twice (520 MB in place of 306 for 220 MB of Q4_0; llama.cpp issue 16761). Loading takes as long.
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     params.fit_params = False  # never a smaller context than asked for
     params.ctx_shift = False  # a full context ends the answer with `length`; nothing is dropped
-    params.cache_ram_mib = 0  # no prompt cache beside the slots: its memory would be outside the lease
+    # No prompt cache beside the slots, and no copies of sliding windows (32 a slot by default, hundreds of megabytes
+    # each for some models): their memory would be outside the lease.
+    params.cache_ram_mib = params.n_ctx_checkpoints = 0
     params.endpoint_slots = params.endpoint_props = params.endpoint_metrics = True
     params.ui = False
     params.verbosity = LOG_WARNINGS

@@ -7,16 +7,26 @@ import builtins
 import contextlib
 import importlib.util
 import os
+import sys
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from headrace.errors import ContextLengthExceeded, ProviderError, UnsupportedParameter
-from processors.generation.providers import chat, llama_body, llama_models
-from processors.generation.providers.base import BackendModel, LoadedModel, Piece, Provider
+from processors.generation.providers import chat, llama_body, llama_facts, llama_models
+from processors.generation.providers.base import (
+    RAM,
+    BackendModel,
+    DeviceKind,
+    LoadedModel,
+    ModelFacts,
+    Piece,
+    Provider,
+)
 from processors.generation.providers.fanout import fan_out
+from processors.generation.providers.footprint import Engine
 from processors.generation.providers.llama_child import Launch
 from processors.generation.providers.llama_server import LlamaServer
 from schemas.control import Model
@@ -50,6 +60,7 @@ class LlamaCpp(Provider):
         self._options = options or Options()
         self._servers: dict[str, tuple[Launch, LlamaServer]] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._sees_gpu: asyncio.Task[bool] | None = None
 
     async def health(self) -> None:
         """Return when the engine is installed and every running child answers. Raises `ProviderError`."""
@@ -62,12 +73,31 @@ class LlamaCpp(Provider):
     async def list(self) -> builtins.list[BackendModel]:
         """The GGUF files of the model directory and of installed model wheels."""
         models = await asyncio.to_thread(llama_models.available, self._model_dir)
-        return [BackendModel(tag=tag, bytes=path.stat().st_size) for tag, path in sorted(models.items())]
+        return [
+            BackendModel(tag=tag, bytes=sum(shard.stat().st_size for shard in llama_models.shards(path)))
+            for tag, path in sorted(models.items())
+        ]
 
-    async def load(self, model: Model) -> LoadedModel:
+    async def device_kind(self, gpus: Sequence[str]) -> DeviceKind:
+        """`gpu` when there is one, the engine finds one, and layers may go there; else `ram`."""
+        return "gpu" if gpus and self._options.gpu_layers and await self._engine_sees_gpu() else "ram"
+
+    async def inspect(self, model: Model) -> ModelFacts:
+        """What the model's file says, and the memory it will take. Raises `ProviderError`."""
+        launch = self._launch(model)
+        header = await asyncio.to_thread(llama_facts.read, Path(launch.model_path))
+        return llama_facts.facts(
+            header,
+            Engine(launch.context_length, launch.slots, launch.batch_tokens, launch.http_threads),
+            gpu_layers=launch.gpu_layers if launch.gpu_layers and await self._engine_sees_gpu() else 0,
+            own_template=bool(launch.chat_template),
+            embeddings=launch.pooling is not None,
+        )
+
+    async def load(self, model: Model, device: str = "") -> LoadedModel:
         """Start the model's child, or see that it runs with these parameters. Raises `ProviderError`."""
         async with self._locks[model.id]:
-            launch = self._launch(model)
+            launch = self._launch(model, device)
             known = self._servers.get(model.id)
             if known is not None and (known[0] != launch or not await known[1].answers()):
                 await self._stop(model.id)
@@ -75,7 +105,7 @@ class LlamaCpp(Provider):
             if known is None:
                 known = launch, await LlamaServer.start(self.name, launch)
                 self._servers[model.id] = known
-            return LoadedModel(tag=model.backend_tag, bytes=known[1].resident_bytes())
+            return _loaded(model.id, known[1])
 
     async def unload(self, model: Model) -> None:
         """End the model's child; its memory is free when this returns."""
@@ -84,11 +114,7 @@ class LlamaCpp(Provider):
 
     async def resident(self) -> builtins.list[LoadedModel]:
         """Running children with their measured memory."""
-        return [
-            LoadedModel(tag=launch.alias, bytes=server.resident_bytes())
-            for launch, server in self._servers.values()
-            if not server.exited
-        ]
+        return [_loaded(model_id, server) for model_id, (_, server) in self._servers.items() if not server.exited]
 
     async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
         """Exact tokens of the prompt, by the engine's own template and tokenizer."""
@@ -147,7 +173,12 @@ class LlamaCpp(Provider):
     def _model_dir(self) -> Path | None:
         return Path(self._options.model_dir).expanduser() if self._options.model_dir else None
 
-    def _launch(self, model: Model) -> Launch:
+    async def _engine_sees_gpu(self) -> bool:
+        if self._sees_gpu is None:
+            self._sees_gpu = asyncio.create_task(_engine_sees_gpu())
+        return await asyncio.shield(self._sees_gpu)
+
+    def _launch(self, model: Model, device: str = "") -> Launch:
         options = self._options
         template = Path(options.chat_template).read_text() if options.chat_template else ""
         return Launch(
@@ -157,7 +188,8 @@ class LlamaCpp(Provider):
             slots=model.max_concurrency,
             threads=options.threads or _cores(),
             batch_tokens=options.batch_tokens,
-            gpu_layers=options.gpu_layers,
+            device=device,
+            gpu_layers=0 if device == RAM else options.gpu_layers,
             chat_template=template,
             pooling=options.embeddings,
             api_key="",
@@ -178,6 +210,29 @@ class LlamaCpp(Provider):
         if known is not None:
             await known[1].stop()
             self._servers.pop(model_id, None)
+
+
+def _loaded(model_id: str, server: LlamaServer) -> LoadedModel:
+    """A running child. Its resident memory says nothing of a GPU's: there, the GPU is asked about the process."""
+    launch = server.launch
+    size = server.resident_bytes() if launch.device in ("", RAM) else 0
+    return LoadedModel(model=model_id, tag=launch.alias, bytes=size, pid=server.pid)
+
+
+async def _engine_sees_gpu() -> bool:
+    """Whether the engine was built for a GPU that is there. Asked in a process of its own: looking takes its memory."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _LOOK, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    out, _ = await process.communicate()
+    return out.strip() == b"True"
+
+
+_LOOK = """
+import xllamacpp
+gpus = ("GGML_BACKEND_DEVICE_TYPE_GPU", "GGML_BACKEND_DEVICE_TYPE_IGPU")
+print(any(device["type"].name in gpus for device in xllamacpp.get_device_info()))
+"""
 
 
 async def _count(server: LlamaServer, prepared: Mapping[str, object]) -> int:

@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ import psutil
 import structlog
 
 from headrace.errors import ProviderError
+from processors.generation.providers.base import RAM
 from processors.generation.providers.endpoint import Endpoint
 from processors.generation.providers.llama_child import Launch
 from processors.generation.providers.pool import Pool
@@ -35,6 +37,8 @@ END_TIMEOUT_S = 10.0
 WAITING = {"OMP_WAIT_POLICY": "passive"}
 """The engine's threads sleep at their barriers instead of spinning. Spinning threads that share their cores with others
 starve: measured on 2 busy cores, 5 tokens/s with it and 47 without. An operator's own setting comes first."""
+NO_GPU = "-1"
+"""An id that is no GPU's, which hides them all."""
 
 
 class LlamaServer:
@@ -43,6 +47,7 @@ class LlamaServer:
     def __init__(self, process: asyncio.subprocess.Process, launch: Launch) -> None:
         self.launch = launch
         self._process = process
+        self._measured = psutil.Process(process.pid)
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._reader = asyncio.create_task(self._read_log())
         self.pool: Pool
@@ -68,7 +73,7 @@ class LlamaServer:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={**WAITING, **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            env=environment(os.environ, launch.device),
         )
         server = cls(process, launch)
         try:
@@ -114,9 +119,12 @@ class LlamaServer:
         return f"{how}{': ' if self._tail else ''}{' | '.join(self._tail)}"
 
     def resident_bytes(self) -> int:
-        """Resident memory of the child as the system measures it; 0 when it is gone."""
+        """Resident memory of the child as the system measures it, in 15 us; 0 when it is gone.
+
+        All of it but about 20 MB of program code is the child's own: the weights are read into it, not mapped.
+        """
         try:
-            return int(psutil.Process(self.pid).memory_info().rss)
+            return int(self._measured.memory_info().rss)
         except psutil.Error:
             return 0
 
@@ -172,6 +180,19 @@ class LlamaServer:
                 return
             if text := complaint(line.decode("utf-8", "replace")):
                 self._tail.append(text)
+
+
+def environment(own: Mapping[str, str], device: str) -> dict[str, str]:
+    """The child's environment: of the GPUs it sees the one with this UUID, none for `ram`, as they are for none.
+
+    Layers are kept off the GPU by number as well; an engine that sees one would use it for large batches even so.
+    """
+    made = {**WAITING, **own, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    if device == RAM:
+        made |= {"CUDA_VISIBLE_DEVICES": NO_GPU, "HIP_VISIBLE_DEVICES": NO_GPU}
+    elif device:
+        made["CUDA_VISIBLE_DEVICES"] = device
+    return made
 
 
 def remove_orphans(temporary: Path) -> None:

@@ -12,7 +12,7 @@ import asyncio
 import builtins
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -21,13 +21,15 @@ import msgspec
 from ollama import AsyncClient, ChatResponse, ShowResponse
 
 from headrace.errors import ContextLengthExceeded, ProviderError
-from processors.generation.providers import ollama_body, parameters
+from processors.generation.providers import ollama_body, ollama_facts, parameters
 from processors.generation.providers.base import (
     BackendModel,
     Choices,
+    DeviceKind,
     Done,
     Finish,
     LoadedModel,
+    ModelFacts,
     Piece,
     Provider,
     Text,
@@ -52,8 +54,13 @@ Progress = Callable[[str, int, int], None]
 class Ollama(Provider):
     """A server that somebody else runs, and that may load and evict for others too."""
 
-    def __init__(self, name: str, client: AsyncClient, pool: Pool) -> None:
+    def __init__(
+        self, name: str, client: AsyncClient, pool: Pool, *, memory_bytes: int | None = None, parallel: int = 1
+    ) -> None:
         self.name = name
+        self.memory_bytes = memory_bytes
+        """Memory that the server's machine gives to models; None when leases are not about it."""
+        self._parallel = parallel
         self._client = client
         self._pool = pool
         self._where = f"provider {name!r} ({pool.endpoint})"
@@ -71,7 +78,22 @@ class Ollama(Provider):
             listed = await self._client.list()
         return [BackendModel(tag=one.model or "", bytes=int(one.size or 0)) for one in listed.models]
 
-    async def load(self, model: Model) -> LoadedModel:
+    async def device_kind(self, gpus: Sequence[str]) -> DeviceKind:
+        """`own` when its machine's memory for models is set; the worker's devices are never its."""
+        return "none" if self.memory_bytes is None else "own"
+
+    async def inspect(self, model: Model) -> ModelFacts:
+        """What the server tells of the model, and the memory it will take there. Raises `ProviderError`."""
+        with translated(self._where):
+            shown = await self._client.show(model.backend_tag)
+            listed = await self._client.list()
+        sizes = (
+            int(one.size or 0) for one in listed.models if ollama_body.same_model(one.model or "", model.backend_tag)
+        )
+        found = ollama_facts.facts(shown, next(sizes, 0), model.context_length, self._parallel)
+        return found if self.memory_bytes is not None else msgspec.structs.replace(found, bytes=0)
+
+    async def load(self, model: Model, device: str = "") -> LoadedModel:
         """Bring the model into the server's memory and keep it there. Raises `ProviderError`."""
         with translated(self._where):
             shown = await self._client.show(model.backend_tag)
@@ -83,16 +105,19 @@ class Ollama(Provider):
                 )
             self._margins[model.id] = _margins(shown)
             await self._client.generate(model.backend_tag, keep_alive=KEEP, options=_size(model))
-        found = next((one for one in await self.resident() if ollama_body.same_model(one.tag, model.backend_tag)), None)
-        if found is None:
+        size = _held(await self._running(), model.backend_tag)
+        if size is None:
             raise ProviderError(f"{self._where} did not keep {model.backend_tag!r} in memory: is it too large?")
         self._loaded[model.id] = model
-        return LoadedModel(tag=model.backend_tag, bytes=found.bytes)
+        return LoadedModel(model=model.id, tag=model.backend_tag, bytes=size)
 
     async def unload(self, model: Model) -> None:
-        """Ask the server to drop the model and return when it is gone. Raises `ProviderError` if it stays."""
+        """Ask the server to drop the model and return when it is gone. Raises `ProviderError` if it stays.
+
+        Models with the same tag are one in the server: it goes with the last of them.
+        """
         self._loaded.pop(model.id, None)
-        if not await self._holds(model.backend_tag):
+        if self._in_use(model.backend_tag) or not await self._holds(model.backend_tag):
             return
         with translated(self._where):
             await self._client.generate(model.backend_tag, keep_alive=0)
@@ -104,11 +129,15 @@ class Ollama(Provider):
             raise ProviderError(f"{self._where} still holds {model.backend_tag!r}: its memory is not free") from problem
 
     async def resident(self) -> builtins.list[LoadedModel]:
-        """What the server holds, with its bytes on the GPU, or in memory where there is none."""
-        with translated(self._where):
-            held = await self._client.ps()
+        """What the server holds, with its bytes on the GPU, or in memory where there is none.
+
+        Several models with the same tag are one in the server: each is told with all its bytes.
+        """
+        running = await self._running()
+        ours = [(one, _held(running, one.backend_tag)) for one in self._loaded.values()]
         return [
-            LoadedModel(tag=one.model or "", bytes=int(one.size_vram or 0) or int(one.size or 0)) for one in held.models
+            *(LoadedModel(one.id, one.backend_tag, size) for one, size in ours if size is not None),
+            *(LoadedModel("", tag, size) for tag, size in running.items() if not self._in_use(tag)),
         ]
 
     async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
@@ -266,7 +295,16 @@ class Ollama(Provider):
         )
 
     async def _holds(self, tag: str) -> bool:
-        return any(ollama_body.same_model(one.tag, tag) for one in await self.resident())
+        return _held(await self._running(), tag) is not None
+
+    def _in_use(self, tag: str) -> bool:
+        return any(ollama_body.same_model(tag, one.backend_tag) for one in self._loaded.values())
+
+    async def _running(self) -> dict[str, int]:
+        """Bytes of every model that the server holds, by its full name."""
+        with translated(self._where):
+            held = await self._client.ps()
+        return {one.model or "": int(one.size_vram or 0) or int(one.size or 0) for one in held.models}
 
     async def _version(self) -> tuple[int, ...]:
         answer = await self._pool.call("GET", "/api/version")
@@ -275,6 +313,10 @@ class Ollama(Provider):
         except (msgspec.DecodeError, KeyError) as problem:
             raise ProviderError(f"{self._where} is not an Ollama server") from problem
         return tuple(int(part) for part in text.split("-")[0].split("+")[0].split(".") if part.isdigit())
+
+
+def _held(running: Mapping[str, int], tag: str) -> int | None:
+    return next((size for name, size in running.items() if ollama_body.same_model(name, tag)), None)
 
 
 def _size(model: Model) -> dict[str, int]:

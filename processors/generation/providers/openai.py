@@ -10,7 +10,7 @@ import msgspec
 
 from headrace.errors import ProviderError
 from processors.generation.providers import chat
-from processors.generation.providers.base import BackendModel, LoadedModel, Piece, Provider
+from processors.generation.providers.base import BackendModel, LoadedModel, ModelFacts, Piece, Provider
 from processors.generation.providers.pool import Pool
 from schemas.control import Model
 
@@ -19,6 +19,9 @@ T = TypeVar("T")
 
 class _Meta(msgspec.Struct):
     n_ctx: int | None = None
+    n_params: int = 0
+    size: int = 0
+    """Bytes of the weights."""
 
 
 class _Listed(msgspec.Struct):
@@ -27,6 +30,11 @@ class _Listed(msgspec.Struct):
     """vLLM's and SGLang's name of the context length."""
     meta: _Meta | None = None
     """llama-server's."""
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that a request may have, where the server tells."""
+        return self.max_model_len or (self.meta.n_ctx if self.meta else None)
 
 
 class _List(msgspec.Struct):
@@ -57,25 +65,24 @@ class OpenAICompatible(Provider):
 
     async def list(self) -> builtins.list[BackendModel]:
         """The models that the server says it serves. Raises `ProviderError`."""
-        return [
-            BackendModel(tag=model.id, context_length=model.max_model_len or (model.meta.n_ctx if model.meta else None))
-            for model in await self._models()
-        ]
+        return [BackendModel(tag=one.id, context_length=one.context) for one in await self._models()]
 
-    async def load(self, model: Model) -> LoadedModel:
+    async def inspect(self, model: Model) -> ModelFacts:
+        """What the server tells: vLLM its context, llama-server more. Raises `ProviderError` for an unknown tag."""
+        found = await self._served(model)
+        meta = found.meta or _Meta()
+        return ModelFacts(context_length=found.context or 0, parameters=meta.n_params, weight_bytes=meta.size)
+
+    async def load(self, model: Model, device: str = "") -> LoadedModel:
         """See that the server serves the tag. Raises `ProviderError` with what it serves instead."""
-        served = await self.list()
-        found = next((one for one in served if one.tag == model.backend_tag), None)
-        if found is None:
-            names = ", ".join(one.tag for one in served[:20]) or "nothing"
-            raise ProviderError(f"{self._where} does not serve {model.backend_tag!r}; it serves: {names}")
-        if found.context_length is not None and found.context_length < model.context_length:
+        found = await self._served(model)
+        if found.context is not None and found.context < model.context_length:
             raise ProviderError(
-                f"{self._where} serves {model.backend_tag!r} with {found.context_length} tokens of context, less than"
+                f"{self._where} serves {model.backend_tag!r} with {found.context} tokens of context, less than"
                 f" the {model.context_length} of model {model.id!r}: lower its context_length"
             )
         self._loaded[model.id] = model
-        return LoadedModel(tag=model.backend_tag)
+        return LoadedModel(model=model.id, tag=model.backend_tag)
 
     async def unload(self, model: Model) -> None:
         """Forget the model; the memory is the server's own."""
@@ -83,7 +90,7 @@ class OpenAICompatible(Provider):
 
     async def resident(self) -> builtins.list[LoadedModel]:
         """The models in use here; their bytes are the server's own matter."""
-        return [LoadedModel(tag=tag) for tag in dict.fromkeys(one.backend_tag for one in self._loaded.values())]
+        return [LoadedModel(model=one.id, tag=one.backend_tag) for one in self._loaded.values()]
 
     async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
         """None: this API has no call that counts; the server itself refuses what is too long."""
@@ -105,6 +112,14 @@ class OpenAICompatible(Provider):
     async def close(self) -> None:
         """Close every connection."""
         await self._pool.close()
+
+    async def _served(self, model: Model) -> _Listed:
+        served = await self._models()
+        for one in served:
+            if one.id == model.backend_tag:
+                return one
+        names = ", ".join(one.id for one in served[:20]) or "nothing"
+        raise ProviderError(f"{self._where} does not serve {model.backend_tag!r}; it serves: {names}")
 
     async def _models(self) -> builtins.list[_Listed]:
         return self._read(await self._pool.call("GET", "/models"), _List).data
