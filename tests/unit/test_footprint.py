@@ -106,6 +106,29 @@ def test_hybrids_keep_a_state_in_place_of_a_cache() -> None:
     assert layers == [state, state, state, state + 2 * 4096 * 2 * 512 * 2] * 2
 
 
+@pytest.mark.parametrize(
+    ("values", "numbers"),
+    [
+        ({"wkv__head_size": 64, "token_shift_count": 2}, 64 * 64 + 2 * 64),
+        ({"shortconv__l_cache": 3}, 2 * 64),
+        ({"ssm__conv_kernel": 4, "ssm__inner_size": 128, "ssm__state_size": 16}, 3 * 128 + 16 * 128),
+    ],
+    ids=["RWKV", "LFM2", "Mamba"],
+)
+def test_a_recurrent_state_has_the_size_of_its_kind(values: dict[str, object], numbers: int) -> None:
+    meta = model("other", block_count=3, embedding_length=64, attention__head_count=0, **values)
+    assert footprint.cache_layers(meta, Engine(8192, 2, 32)) == [2 * 4 * numbers] * 3
+
+
+def test_layers_may_share_a_cache_and_have_shorter_keys_in_windows() -> None:
+    meta = model("gemma4", block_count=4, attention__head_count=2, attention__key_length=512,
+                 attention__value_length=512, attention__key_length_swa=256, attention__value_length_swa=256,
+                 attention__sliding_window=200, attention__sliding_window_pattern=[True, True, False, True],
+                 attention__shared_kv_layers=1, embedding_length=64)  # fmt: skip
+    window, whole = 2 * 512 * 2 * 256, 2 * 1024 * 2 * 4096
+    assert footprint.cache_layers(meta, Engine(4096, 1, 32)) == [window, window, whole, 0]
+
+
 def test_encoders_keep_nothing() -> None:
     meta = model("bert", block_count=12, attention__head_count=12, embedding_length=384, attention__causal=False)
     assert cache(meta) == 0

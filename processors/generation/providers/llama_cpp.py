@@ -74,7 +74,7 @@ class LlamaCpp(Provider):
         """The GGUF files of the model directory and of installed model wheels."""
         models = await asyncio.to_thread(llama_models.available, self._model_dir)
         return [
-            BackendModel(tag=tag, bytes=sum(shard.stat().st_size for shard in llama_models.shards(path)))
+            BackendModel(tag=tag, bytes=sum(one.stat().st_size for one in llama_models.shards(path) if one.is_file()))
             for tag, path in sorted(models.items())
         ]
 

@@ -48,15 +48,11 @@ def in_directory(directory: Path | None) -> dict[str, Path]:
 
 
 def shards(path: Path) -> list[Path]:
-    """All files of a model, in order, by the name of its first. Raises `ProviderError` when one is missing."""
+    """All files that a model should have, in order, by the name of its first."""
     found = _SHARD.fullmatch(path.stem)
     if found is None:
         return [path]
-    files = [path.with_name(f"{found[1]}-{number:05}-of-{found[3]}.gguf") for number in range(1, int(found[3]) + 1)]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ProviderError(f"{path} is split, and {', '.join(missing[:3])} is not beside it")
-    return files
+    return [path.with_name(f"{found[1]}-{number:05}-of-{found[3]}.gguf") for number in range(1, int(found[3]) + 1)]
 
 
 def available(directory: Path | None) -> dict[str, Path]:
