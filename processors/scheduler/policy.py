@@ -318,8 +318,8 @@ def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> li
     lease.epoch = epoch
     if model not in pool.models:
         return placement.freed(pool, lease)  # it was removed while the grant was written
-    lease.state, lease.moved_ms = LeaseState.LOADING, now_ms
-    return [Load(worker, lease.boot, model, epoch, lease.device)]
+    load = Load(worker, lease.boot, model, epoch, lease.device)
+    return [load, *placement.move(lease, LeaseState.LOADING, now_ms)]
 
 
 def _serve(pool: Pool, now_ms: int) -> list[Action]:

@@ -156,7 +156,7 @@ class PoolRunner:
                 case messages.Grant(worker, boot, model):
                     self.spawn(self._grant(worker, boot, model))
                 case messages.Load():
-                    waits += await self._load(action)
+                    waits.append(await self._load(action))
                 case messages.Unload(worker, boot, model, epoch):
                     waits.append(await self._command(worker, UnloadCommand(self.state.term, boot, epoch, model)))
                 case messages.LeaseMoved():
@@ -221,13 +221,12 @@ class PoolRunner:
         written = await self._producer.send(LEASES.name, msgspec.json.encode(granted), key=key)
         await self.feed(messages.LeaseGranted(worker, model, written.offset))
 
-    async def _load(self, load: messages.Load) -> list[Awaitable[object]]:
+    async def _load(self, load: messages.Load) -> Awaitable[object]:
         model = self.state.models[load.model]
         command = LoadCommand(
             self.state.term, load.boot, load.epoch, model, self.providers[model.provider], device=load.device
         )
-        loading = messages.LeaseMoved(load.worker, load.boot, load.model, load.epoch, "loading", model.bytes)
-        return [await self._command(load.worker, command), await self._lease(loading)]
+        return await self._command(load.worker, command)
 
     async def _lease(self, moved: messages.LeaseMoved) -> Awaitable[object]:
         event = LeaseEvent(

@@ -180,7 +180,3 @@ class Pool:
     def of_model(self, model: str) -> list[Lease]:
         """All leases on a model."""
         return [lease for (_, held), lease in self.leases.items() if held == model]
-
-    def knows(self, request_id: str, model: str) -> bool:
-        """Whether the request waits, runs or is being recovered."""
-        return request_id in self.running or request_id in self.recovering or request_id in self.queues.get(model, ())
