@@ -124,6 +124,21 @@ class ProviderError(HeadraceError):
     code = "provider_error"
 
 
+class ProviderRateLimited(ProviderError):
+    """The provider limits how much may be asked of it, and that was used up."""
+
+    status = 429
+    code = "provider_rate_limited"
+    type = "rate_limit_error"
+
+
+class ProviderUnavailable(ProviderError):
+    """The provider says itself that it cannot take requests now: overloaded, in maintenance, or still loading."""
+
+    status = 503
+    code = "provider_unavailable"
+
+
 class ProviderRefused(InvalidRequest):
     """The provider refused the request itself (a 4xx): asking again unchanged is of no use."""
 

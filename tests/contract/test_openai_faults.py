@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.errors import HeadraceError, ProviderError
+from headrace.errors import HeadraceError, ProviderError, ProviderRateLimited, ProviderUnavailable
 from processors.generation.providers.base import Done, Piece, Text
 from processors.generation.providers.factory import make_provider
 from processors.generation.providers.openai import OpenAICompatible
@@ -132,19 +132,54 @@ async def test_a_failure_before_the_first_byte_is_retried(first: bytes | None) -
         assert server.requests == 2
 
 
-async def test_retries_end() -> None:
-    async with serving(always(refusal(503))) as (server, provider):
+@pytest.mark.parametrize(
+    ("status", "kind", "ours"),
+    [
+        (429, ProviderRateLimited, (429, "provider_rate_limited", "rate_limit_error", 10)),
+        (503, ProviderUnavailable, (503, "provider_unavailable", "server_error", 5)),
+        (500, ProviderError, (502, "provider_error", "server_error", None)),
+    ],
+)
+async def test_retries_end_in_the_providers_own_status_where_it_is_the_callers_too(
+    status: int, kind: type[ProviderError], ours: tuple[int, str, str, int | None]
+) -> None:
+    async with serving(always(refusal(status))) as (server, provider):
         error = await failure(provider)
-        assert isinstance(error, ProviderError)
-        assert "the server says no" in error.message
+        assert type(error) is kind
+        assert "provider 'p'" in error.message and "the server says no" in error.message
+        info = error.info()
+        assert (info.status, info.code, info.type, info.retry_after_s) == ours
         assert server.requests == 3
 
 
-async def test_a_long_retry_after_is_passed_on_instead_of_waited_for() -> None:
-    async with serving(always(refusal(429, "Retry-After: 30\r\n"))) as (server, provider):
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Retry-After: 30\r\n",
+        "Date: Wed, 04 Nov 2026 23:59:45 GMT\r\nRetry-After: Thu, 05 Nov 2026 00:00:15 GMT\r\n",
+    ],
+)
+async def test_a_long_retry_after_is_passed_on_instead_of_waited_for(status: int, header: str) -> None:
+    async with serving(always(refusal(status, header))) as (server, provider):
         error = await failure(provider)
-        assert error.retry_after_s == 30
+        assert (error.status, error.retry_after_s) == (status, 30)
         assert server.requests == 1
+
+
+async def test_a_limit_is_named_and_the_account_is_not() -> None:
+    said = (
+        "Rate limit reached for m in organization org-aB3dE5 on tokens per min (TPM): Limit 10000, Used 9000. "
+        "Key sk-proj-aaBB11ccDD22, Bearer plain-secret, 0123456789abcdef0123456789abcdef, "
+        "9b2f7c1e-0c3a-4a5e-8f00-112233445566."
+    )
+    body = b'{"error":{"message":"%s"}}' % said.encode()
+    answer = b"HTTP/1.1 429 No\r\nRetry-After: 6\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    async with serving(always(answer)) as (_, provider):
+        message = (await failure(provider)).message
+    assert "on tokens per min (TPM): Limit 10000, Used 9000." in message
+    for secret in ("aB3dE5", "aaBB11", "plain-secret", "0123456789abcdef", "112233445566"):
+        assert secret not in message
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 501])

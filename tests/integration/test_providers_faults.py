@@ -107,12 +107,22 @@ async def test_before_the_first_byte_it_is_tried_again(api: Api, stack: Stack) -
         assert (entry.requests, entry.tokens) == (TRIES, 4)
 
 
-@pytest.mark.parametrize("status", [500, 503, 429])
-async def test_a_provider_that_goes_on_failing_is_given_up(api: Api, stack: Stack, status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "ours", "code", "retry_after"),
+    [
+        (500, 502, "provider_error", None),
+        (503, 503, "provider_unavailable", "5"),
+        (429, 429, "provider_rate_limited", "10"),
+    ],
+)
+async def test_a_provider_that_goes_on_failing_is_given_up(
+    api: Api, stack: Stack, status: int, ours: int, code: str, retry_after: str | None
+) -> None:
     name = fresh("status")
     answer = await api.ask(body(Spec(status=status, id=name), stream=True))
-    assert answer.status_code == 502, answer.text
-    assert answer.json()["error"]["code"] == "provider_error"
+    assert answer.status_code == ours, answer.text
+    assert answer.headers.get("retry-after") == retry_after
+    assert answer.json()["error"]["code"] == code
     assert f"HTTP {status}" in answer.json()["error"]["message"]
     assert (await stack.seen(name)).requests == TRIES
 

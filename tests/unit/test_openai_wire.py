@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headrace.errors import ContextLengthExceeded, HeadraceError, ProviderError, ProviderRefused
+from headrace.errors import (
+    ContextLengthExceeded,
+    HeadraceError,
+    ProviderError,
+    ProviderRateLimited,
+    ProviderRefused,
+    ProviderUnavailable,
+)
 from processors.generation.providers.base import Choices, Done, Finish, Piece, Text
 from processors.generation.providers.chat_stream import ChatStream
 from processors.generation.providers.endpoint import parse_base_url
@@ -181,7 +188,7 @@ def test_any_bytes_give_pieces_or_a_provider_error(chunks: list[bytes], start: i
             if stream.failure is not None:
                 raise stream.failure
     except HeadraceError as error:
-        assert error.status in (400, 502)
+        assert error.status in (400, 429, 502, 503)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +206,9 @@ def test_any_bytes_give_pieces_or_a_provider_error(chunks: list[bytes], start: i
         ),
         (401, b'{"error":{"message":"Incorrect API key provided: sk-secret"}}', ProviderError, "check the provider's"),
         (404, b'{"error":"model not found"}', ProviderError, "backend_tag"),
-        (429, b"slow down", ProviderError, "slow down"),
+        (429, b"slow down", ProviderRateLimited, "slow down"),
+        (503, b"{}", ProviderUnavailable, "takes no requests now"),
+        (529, b'{"error":{"message":"Overloaded"}}', ProviderUnavailable, "Overloaded"),
         (500, b"\xff\xfe", ProviderError, "HTTP 500"),
         (301, b"", ProviderError, "https://new/v1"),
     ],

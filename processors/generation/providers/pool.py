@@ -10,7 +10,7 @@ import structlog
 
 from headrace.errors import HeadraceError, ProviderError
 from processors.generation.providers.endpoint import Endpoint
-from processors.generation.providers.refusals import from_answer, is_transient
+from processors.generation.providers.refusals import from_answer, is_transient, retry_after_s
 from processors.generation.providers.wire import Connection, IdleTimeout, WireError
 
 log = structlog.get_logger(__name__)
@@ -94,7 +94,7 @@ class Pool:
             if 200 <= connection.status < 300:
                 return connection
             refusal = await self._refusal(connection)
-            asked = refusal.retry_after_s or 0
+            asked = retry_after_s(connection.headers) or 0
             if not is_transient(connection.status) or pause is None or asked > RETRY_AFTER_LIMIT_S:
                 raise refusal
             await self._wait_to_retry(max(pause, asked), refusal.message)
