@@ -182,7 +182,7 @@ class Scheduler:
         if wish.request_id in self._finished or now_ms() - wish.at_ms > MAX_AGE_MS:
             return
         for runner in list(self._pools.values()):
-            await runner.feed(messages.CancelAsked(wish.request_id, wish.reason))
+            await runner.cancel(wish)
 
     async def _on_heartbeat(self, status: WorkerStatus) -> None:
         self._heartbeats[status.worker] = status

@@ -78,6 +78,23 @@ async def test_a_caller_who_leaves_ends_the_generation_within_a_second(stack: St
     assert await gone_after(stack, spec, left_ns) < 1.0
 
 
+async def test_a_cancelled_requests_life_shows_who_asked_and_why(stack: Stack, api: Api) -> None:
+    spec = long("asked")
+    async with api.open(body(spec)) as reader:
+        seen = await reader.until_tokens(3)
+
+    async def life() -> list[dict[str, object]] | None:
+        steps = (await api.get(f"/v1/requests/{seen.request_id}")).json()["steps"]
+        return steps if steps[-1]["stage"] == "terminal" else None
+
+    steps = await until(life, "the terminal is told")
+    assert [step["stage"] for step in steps[-2:]] == ["cancel_asked", "terminal"]
+    asked, first_token = steps[-2], steps[-3]
+    assert asked["role"] == "scheduler"
+    assert asked["detail"] == {"by": "ingress-1", "reason": "The caller left."}
+    assert int(str(first_token["at_ms"])) <= int(str(asked["at_ms"])) <= int(str(steps[-1]["at_ms"]))
+
+
 async def test_only_the_last_one_to_leave_ends_it(stack: Stack, api: Api, other: Api) -> None:
     spec = long("last")
     headers = {"idempotency-key": spec.id, "x-hr-resume": "0"}
