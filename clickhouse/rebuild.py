@@ -72,7 +72,7 @@ async def rebuild(conf: Settings, *, from_scratch: bool = False, progress: Progr
     suffix = f"{_SUFFIX}{time.time_ns() // 1_000_000}"
     client = await connect(conf, timeout_s=3600.0)
     try:
-        async with LogReader(conf.kafka_bootstrap, "rebuild", max_wait_ms=100) as reader:
+        async with LogReader(conf.kafka, "rebuild", max_wait_ms=100) as reader:
             work = _Rebuild(client, database, suffix, reader, progress)
             await work.run(from_scratch=from_scratch)
             return work.report

@@ -114,9 +114,7 @@ class ControlClient:
         if not commands:
             return
         try:
-            async with Producer(
-                self._settings.kafka_bootstrap, f"control-client-{self._settings.instance}"
-            ) as producer:
+            async with Producer(self._settings.kafka, f"control-client-{self._settings.instance}") as producer:
                 for sent in commands:
                     key = f"{sent.kind}/{sent.key}"
                     await producer.send(CONTROL_COMMANDS.name, msgspec.json.encode(sent), key=key)

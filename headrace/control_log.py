@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 import msgspec
 import structlog
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from headrace.settings import Settings
 from schemas.control import RECORDS, App, Key, Model, Price, Provider
-from topics.catalogue import CONTROL_RECORDS, MAX_MESSAGE_BYTES, Topic
+from topics.catalogue import CONTROL_RECORDS, Topic
 from topics.clients import LogReader, Record
+from topics.cluster import Cluster
 
 log = structlog.get_logger(__name__)
 
@@ -21,17 +22,8 @@ _TYPES: dict[str, type[Provider | Model | App | Key | Price]] = {**RECORDS, "pri
 class CommittedReader(LogReader):
     """A log reader that sees only committed transactions; the control processor writes in transactions."""
 
-    def __init__(self, bootstrap: str, client_id: str) -> None:
-        self.consumer = AIOKafkaConsumer(
-            bootstrap_servers=bootstrap,
-            client_id=client_id,
-            group_id=None,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            fetch_max_wait_ms=100,
-            max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
-        )
+    def __init__(self, cluster: Cluster, client_id: str) -> None:
+        super().__init__(cluster, client_id, committed=True)
 
 
 class Replay:
@@ -86,7 +78,7 @@ class Replay:
 
 async def replay_control(settings: Settings, topics: Mapping[str, Topic] = CONTROL_RECORDS) -> Replay:
     """Read the control topics from their beginnings to their ends as they are now."""
-    async with CommittedReader(settings.kafka_bootstrap, f"control-replay-{settings.instance}") as reader:
+    async with CommittedReader(settings.kafka, f"control-replay-{settings.instance}") as reader:
         replay = Replay(reader, topics)
         await replay.read_on()
     return replay
@@ -94,6 +86,6 @@ async def replay_control(settings: Settings, topics: Mapping[str, Topic] = CONTR
 
 async def end_offsets(settings: Settings, topics: Mapping[str, Topic] = CONTROL_RECORDS) -> dict[str, int]:
     """The end offset of each control topic's only partition, with transactions that are still open."""
-    async with LogReader(settings.kafka_bootstrap, f"control-ends-{settings.instance}") as reader:
+    async with LogReader(settings.kafka, f"control-ends-{settings.instance}") as reader:
         found = await reader.consumer.end_offsets(reader.assign(topics.values()))
     return {partition.topic: offset for partition, offset in found.items()}

@@ -15,7 +15,8 @@ from headrace.settings import Settings
 from schemas.events import UsageEvent
 from topics import request_log
 from topics.catalogue import DEAD_LETTERS, LOG, REQUESTS, USAGE, Topic
-from topics.clients import LogReader, Record
+from topics.clients import LogReader, Record, admin_client
+from topics.cluster import Cluster
 from topics.dead_letters import describe
 
 log = structlog.get_logger(__name__)
@@ -33,7 +34,7 @@ async def take(conf: Settings, *, wait_s: float = 15.0) -> Ledger:
 
     Raises `KafkaError` when the brokers are away.
     """
-    async with LogReader(conf.kafka_bootstrap, "ledger", max_wait_ms=100) as reader:
+    async with LogReader(conf.kafka, "ledger", max_wait_ms=100) as reader:
         tally = Tally()
         oldest_ms = await _requests(reader, tally)
         if oldest_ms is None:
@@ -41,7 +42,7 @@ async def take(conf: Settings, *, wait_s: float = 15.0) -> Ledger:
         since = oldest_ms - CLOCK_SKEW_MS
         ends = await _log(reader, tally, since)
         await _dead_letters(reader, tally, since)
-        lag = await _usage_events(reader, tally, since, conf.kafka_bootstrap, ends, wait_s)
+        lag = await _usage_events(reader, tally, since, conf.kafka, ends, wait_s)
         return tally.close(_now_ms(), metering_lag=lag)
 
 
@@ -89,14 +90,12 @@ async def _dead_letters(reader: LogReader, tally: Tally, since_ms: int) -> None:
 
 
 async def _usage_events(
-    reader: LogReader, tally: Tally, since_ms: int, bootstrap: str, log_ends: dict[TopicPartition, int], wait_s: float
+    reader: LogReader, tally: Tally, since_ms: int, cluster: Cluster, log_ends: dict[TopicPartition, int], wait_s: float
 ) -> int:
     """Read usage until every terminal has its own, or metering has nothing left to do; returns metering's lag."""
     assignment = await _assign_since(reader, USAGE, since_ms)
     give_up = asyncio.get_running_loop().time() + wait_s
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap, client_id="ledger")
-    await admin.start()
-    try:
+    async with admin_client(cluster, "ledger") as admin:
         while True:
             lag = await _lag(admin, log_ends)
             ends = await reader.consumer.end_offsets(assignment)
@@ -108,8 +107,6 @@ async def _usage_events(
             if not lag or not tally.without_usage() or asyncio.get_running_loop().time() >= give_up:
                 return lag
             await asyncio.sleep(RECHECK_S)
-    finally:
-        await admin.close()
 
 
 def _count_usage(tally: Tally, record: Record) -> None:

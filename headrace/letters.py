@@ -73,7 +73,7 @@ def resend(letter: Letter, *, new_id: str, now_ms: int) -> Resend:
 
 async def read(conf: Settings, *, topic: str | None = None, first: int = 0) -> AsyncGenerator[Letter, None]:
     """The letters from number `first` on, oldest first; only those from `topic` if it is given."""
-    async with LogReader(conf.kafka_bootstrap, "dead-letters", max_wait_ms=100) as reader:
+    async with LogReader(conf.kafka, "dead-letters", max_wait_ms=100) as reader:
         assignment = reader.assign([DEAD_LETTERS])
         begins = await reader.consumer.beginning_offsets(assignment)
         for partition, begin in begins.items():
@@ -109,7 +109,7 @@ async def replay(conf: Settings, letters: Sequence[Letter]) -> list[tuple[Letter
     """Send letters again, in order, each durable before the next. Raises `CannotReplay` before anything is sent."""
     now_ms = time.time_ns() // 1_000_000
     messages = [(letter, resend(letter, new_id=new_request_id(), now_ms=now_ms)) for letter in letters]
-    async with Producer(conf.kafka_bootstrap, "dead-letters") as producer:
+    async with Producer(conf.kafka, "dead-letters") as producer:
         for _, message in messages:
             await producer.send(
                 message.topic, message.value, key=message.key, partition=message.partition, headers=message.headers

@@ -40,4 +40,7 @@ def resolve(data_dir: Path | None = None) -> Settings:
             f"no stack is running on {directory}; start one with `headrace up --data-dir {directory}`, "
             f"name another with --data-dir, or set {wanted}"
         )
-    return named.model_copy(update={name: getattr(stack, name) for name in missing})
+    found: dict[str, str] = {name: getattr(stack, name) for name in missing}
+    if "kafka_bootstrap" in found:
+        found["kafka_security_protocol"] = "PLAINTEXT"  # What the variables say is not of a local broker.
+    return named.model_copy(update=found)

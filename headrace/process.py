@@ -41,6 +41,9 @@ def run_role(role: str) -> int:
         conf = settings()
     except ValidationError as error:
         for problem in error.errors():
+            if not problem["loc"]:  # Not of one variable; its input would be all of them, with passwords.
+                print(problem["msg"].removeprefix("Value error, "), flush=True)
+                continue
             name = "HEADRACE_" + "_".join(str(part) for part in problem["loc"]).upper()
             print(f"{name}: {problem['msg']} (got {problem['input']!r})", flush=True)
         return 2
@@ -53,7 +56,7 @@ def run_role(role: str) -> int:
 async def _topics_are_there(role: str, conf: Settings, stop: asyncio.Event) -> bool:
     """Wait for the brokers and the catalogue's topics; False when the wish to stop came first."""
     topics = [*CATALOGUE, *([worker_commands(conf.worker_id)] if role == "worker" else [])]
-    waiting = asyncio.create_task(wait_for_topics(conf.kafka_bootstrap, topics))
+    waiting = asyncio.create_task(wait_for_topics(conf.kafka, topics))
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait((waiting, stopping), return_when=asyncio.FIRST_COMPLETED)
     there = waiting.done()

@@ -38,7 +38,7 @@ async def rebuild(settings: Settings) -> dict[str, int]:
     """
     redis = connect(settings.redis_url)
     try:
-        async with CommittedReader(settings.kafka_bootstrap, f"rebuild-{settings.instance}") as reader:
+        async with CommittedReader(settings.kafka, f"rebuild-{settings.instance}") as reader:
             projection, replay = Projection(redis), Replay(reader)
             await replay.read_on()
             remembered = await _restore_idempotency(settings, redis)
@@ -82,9 +82,7 @@ async def _restore_idempotency(settings: Settings, redis: Redis) -> int:
     count = 0
     seconds, micros = await redis.time()
     now_ms = seconds * 1000 + micros // 1000
-    async with LogReader(
-        settings.kafka_bootstrap, f"rebuild-idempotency-{settings.instance}", max_wait_ms=100
-    ) as reader:
+    async with LogReader(settings.kafka, f"rebuild-idempotency-{settings.instance}", max_wait_ms=100) as reader:
         assignment = reader.assign([REQUESTS])
         await reader.seek_to_time(assignment, now_ms - IDEMPOTENCY_TTL_MS)
         async for record in reader.read_to_end(assignment):

@@ -10,19 +10,31 @@ import os
 import socket
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, SecretStr
+from pydantic import Field, FilePath, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from topics.cluster import Cluster, SaslMechanism, SecurityProtocol
 
 
 class Settings(BaseSettings):
     """Where the parts are and how this process behaves. Durations are seconds, sizes are bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore", hide_input_in_errors=True)
 
     kafka_bootstrap: str = "127.0.0.1:9092"
     """Comma-separated `host:port` of Kafka brokers."""
+    kafka_security_protocol: SecurityProtocol = "PLAINTEXT"
+    kafka_sasl_mechanism: SaslMechanism = "SCRAM-SHA-512"
+    kafka_sasl_username: str | None = None
+    kafka_sasl_password: SecretStr | None = None
+    kafka_ssl_cafile: FilePath | None = None
+    """PEM of those who may sign the brokers' certificates; None for those that the machine trusts."""
+    kafka_ssl_certfile: FilePath | None = None
+    """PEM of our own certificate, where the brokers ask for one."""
+    kafka_ssl_keyfile: FilePath | None = None
+    """PEM of its private key, unencrypted; None when it stands in the certificate's file."""
     kafka_replication: int = Field(default=1, ge=1)
     """Replication factor of topics made by `headrace topics apply`; 3 in production."""
     kafka_min_insync: int = Field(default=1, ge=1)
@@ -64,6 +76,30 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] = "json"
     metrics_port: int | None = None
     """Serve this role's own `/metrics` on this port of `host`; every role also shows through the ingress."""
+
+    @model_validator(mode="after")
+    def _can_say_who_it_is(self) -> Self:
+        if self.kafka.sasl and not (self.kafka_sasl_username and self.kafka_sasl_password):
+            raise ValueError(
+                f"HEADRACE_KAFKA_SECURITY_PROTOCOL={self.kafka_security_protocol} needs HEADRACE_KAFKA_SASL_USERNAME "
+                "and HEADRACE_KAFKA_SASL_PASSWORD"
+            )
+        return self
+
+    @property
+    def kafka(self) -> Cluster:
+        """The cluster, as clients are told of it."""
+        password = self.kafka_sasl_password
+        return Cluster(
+            self.kafka_bootstrap,
+            self.kafka_security_protocol,
+            self.kafka_sasl_mechanism,
+            self.kafka_sasl_username,
+            password.get_secret_value() if password is not None else None,
+            self.kafka_ssl_cafile,
+            self.kafka_ssl_certfile,
+            self.kafka_ssl_keyfile,
+        )
 
 
 @lru_cache(maxsize=1)

@@ -64,7 +64,7 @@ class Lookup:
                 if self._idle:
                     reader = self._idle.pop()
                 else:
-                    reader = LogReader(self._settings.kafka_bootstrap, "ingress-lookup")
+                    reader = LogReader(self._settings.kafka, "ingress-lookup")
                     await reader.start()
                 try:
                     yield reader

@@ -12,6 +12,7 @@ from schemas.control import Model
 from schemas.events import PoolStatus
 from topics.catalogue import POOL_STATUS
 from topics.clients import LogReader
+from topics.cluster import Cluster
 
 log = structlog.get_logger(__name__)
 
@@ -22,8 +23,8 @@ _status = msgspec.json.Decoder(PoolStatus)
 class Pools:
     """Follows `pool.status`."""
 
-    def __init__(self, bootstrap: str, instance: str) -> None:
-        self._reader = LogReader(bootstrap, f"{instance}-pools", max_wait_ms=1000)
+    def __init__(self, cluster: Cluster, instance: str) -> None:
+        self._reader = LogReader(cluster, f"{instance}-pools", max_wait_ms=1000)
         self._known: dict[str, tuple[float, PoolStatus]] = {}
 
     async def run(self) -> None:

@@ -16,6 +16,7 @@ from ingress.streams import Stream
 from topics import frames
 from topics.catalogue import REPLIES
 from topics.clients import LogReader, close, make_consumer
+from topics.cluster import Cluster
 
 log = structlog.get_logger(__name__)
 
@@ -34,11 +35,11 @@ def own_partition(instance: str) -> int:
 class ReplyReader:
     """Reads this instance's partition from its end on, and hands each delta to the streams that wait for it."""
 
-    def __init__(self, bootstrap: str, instance: str) -> None:
+    def __init__(self, cluster: Cluster, instance: str) -> None:
         self.partition = own_partition(instance)
         self.ready = False
         """Whether the end of the partition is known: answers to requests published from now on will be seen."""
-        self._consumer = make_consumer(bootstrap, f"{instance}-replies")
+        self._consumer = make_consumer(cluster, f"{instance}-replies")
         self._streams: dict[bytes, list[Stream]] = {}
         self._open: set[Stream] = set()
 
@@ -121,14 +122,14 @@ class Replayed(NamedTuple):
     """Whether all that stood in the partition when the replay began has been read."""
 
 
-async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
+async def replay(cluster: Cluster, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
     """A request's deltas from a partition's past, then from its present, for ever; in batches, fences included.
 
     `since_ms` is Unix ms at or before the first of them. Deltas come as they are written, unjudged. Raises
     `KafkaError`.
     """
     tp = TopicPartition(REPLIES.name, partition)
-    async with LogReader(bootstrap, "ingress-resume") as reader:
+    async with LogReader(cluster, "ingress-resume") as reader:
         reader.assign([REPLIES], [partition])
         end = (await reader.consumer.end_offsets([tp]))[tp]
         await reader.seek_to_time([tp], since_ms)

@@ -28,10 +28,10 @@ class Services:
         self.settings = settings
         self.redis = connect(settings.redis_url)
         self.registry = Registry(self.redis)
-        self.producer = Producer(settings.kafka_bootstrap, settings.instance)
+        self.producer = Producer(settings.kafka, settings.instance)
         self.outcomes = Outcomes(self.producer, "ingress", settings.instance)
-        self.replies = ReplyReader(settings.kafka_bootstrap, settings.instance)
-        self.pools = Pools(settings.kafka_bootstrap, settings.instance)
+        self.replies = ReplyReader(settings.kafka, settings.instance)
+        self.pools = Pools(settings.kafka, settings.instance)
         self.lookup = Lookup(settings)
         self.reservations = Reservations(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)

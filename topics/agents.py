@@ -22,7 +22,7 @@ from headrace import metrics
 from headrace.settings import Settings
 from topics.catalogue import MAX_MESSAGE_BYTES, Topic
 from topics.clients import LogReader
-from topics.faust_driver import on_own_loop
+from topics.faust_driver import credentials, on_own_loop
 
 log = structlog.get_logger(__name__)
 
@@ -94,7 +94,8 @@ class AgentRole:
         app = on_own_loop(
             faust.App(
                 group,
-                broker="kafka://" + conf.kafka_bootstrap.replace(",", ";kafka://"),
+                broker="kafka://" + conf.kafka.bootstrap.replace(",", ";kafka://"),
+                broker_credentials=credentials(conf.kafka),
                 datadir=datadir,
                 store="memory://",
                 topic_allow_declare=False,
@@ -200,7 +201,7 @@ class AgentRole:
         """End when a partition of ours has records that stay unread: a consumer can die without a word."""
         since: dict[int, tuple[int, float]] = {}
         clock = asyncio.get_running_loop().time
-        async with LogReader(self.settings.kafka_bootstrap, f"{self.role}-watch") as reader:
+        async with LogReader(self.settings.kafka, f"{self.role}-watch") as reader:
             while True:
                 await asyncio.sleep(WATCH_EVERY_S)
                 if self.app.crashed:

@@ -14,6 +14,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from headrace.settings import Settings
 from topics.catalogue import CATALOGUE, Topic, worker_commands
+from topics.clients import admin_client
 
 log = structlog.get_logger(__name__)
 
@@ -96,9 +97,7 @@ async def apply_all(settings: Settings, *, workers: Sequence[str], allow_shorter
     Raises `ApplyError` naming topic, have and want, and then changes nothing.
     """
     topics = catalogue_for(workers)
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap, client_id=f"topics-{settings.instance}")
-    await admin.start()
-    try:
+    async with admin_client(settings.kafka, f"topics-{settings.instance}") as admin:
         existing = await actual_topics(admin, {topic.name for topic in topics})
         missing = [topic for topic in topics if topic.name not in existing]
         changes = _plan(
@@ -107,8 +106,6 @@ async def apply_all(settings: Settings, *, workers: Sequence[str], allow_shorter
         await _create(admin, settings, missing)
         await _amend(admin, changes)
         await _wait_for_leaders(admin, topics)
-    finally:
-        await admin.close()
     done = [f"created {topic.name} ({topic.partitions} partitions)" for topic in missing]
     done += [f"amended {change.topic} ({'; '.join(change.says)})" for change in changes]
     log.info("topics_applied", created=len(missing), amended=len(changes), total=len(topics))

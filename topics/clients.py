@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from aiokafka.structs import RecordMetadata
 
 from topics.catalogue import MAX_MESSAGE_BYTES, Topic
+from topics.cluster import Cluster, start_client
 
 log = structlog.get_logger(__name__)
 
@@ -64,9 +67,10 @@ class Producer:
     delivered again.
     """
 
-    def __init__(self, bootstrap: str, client_id: str, *, request_timeout_s: float = 15.0) -> None:
+    def __init__(self, cluster: Cluster, client_id: str, *, request_timeout_s: float = 15.0) -> None:
+        self._cluster = cluster
         self._inner = AIOKafkaProducer(
-            bootstrap_servers=bootstrap,
+            **cluster.options(),
             client_id=client_id,
             acks="all",
             enable_idempotence=True,
@@ -80,8 +84,8 @@ class Producer:
         self._flusher: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
-        """Connect. Raises `KafkaConnectionError` when no broker answers."""
-        await self._inner.start()
+        """Connect. Raises as `start_client` does."""
+        await start_client(self._cluster, self._inner)
 
     async def stop(self) -> None:
         """Send what is buffered, then close."""
@@ -155,29 +159,44 @@ class Producer:
         await self.stop()
 
 
-def make_consumer(bootstrap: str, client_id: str, *, max_wait_ms: int = 1000) -> AIOKafkaConsumer:
-    """A consumer without a group, to be assigned by hand."""
+@asynccontextmanager
+async def admin_client(cluster: Cluster, client_id: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A client for topics and groups, for the length of a `with`. Raises as `start_client` does."""
+    admin = AIOKafkaAdminClient(**cluster.options(), client_id=client_id)
+    try:
+        await start_client(cluster, admin)
+        yield admin
+    finally:
+        await close("admin", admin.close())
+
+
+def make_consumer(
+    cluster: Cluster, client_id: str, *, max_wait_ms: int = 1000, committed: bool = False
+) -> AIOKafkaConsumer:
+    """A consumer without a group, to be assigned by hand; `committed` passes over what transactions took back."""
     return AIOKafkaConsumer(
-        bootstrap_servers=bootstrap,
+        **cluster.options(),
         client_id=client_id,
         group_id=None,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         fetch_max_wait_ms=max_wait_ms,
         max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
+        isolation_level="read_committed" if committed else "read_uncommitted",
     )
 
 
 class LogReader:
     """Reads topics from chosen positions, without a group: for tails, warm-ups, look-ups and rebuilds."""
 
-    def __init__(self, bootstrap: str, client_id: str, *, max_wait_ms: int = 100) -> None:
+    def __init__(self, cluster: Cluster, client_id: str, *, max_wait_ms: int = 100, committed: bool = False) -> None:
         """`max_wait_ms` is how long an idle fetch stays with the brokers; a new assignment waits for it to return."""
-        self.consumer = make_consumer(bootstrap, client_id, max_wait_ms=max_wait_ms)
+        self._cluster = cluster
+        self.consumer = make_consumer(cluster, client_id, max_wait_ms=max_wait_ms, committed=committed)
 
     async def start(self) -> None:
-        """Connect. Raises `KafkaConnectionError` when no broker answers."""
-        await self.consumer.start()
+        """Connect. Raises as `start_client` does."""
+        await start_client(self._cluster, self.consumer)
 
     async def stop(self) -> None:
         """Close."""

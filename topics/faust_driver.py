@@ -14,10 +14,13 @@ from typing import Any, cast
 
 import faust
 from aiokafka.errors import ConsumerStoppedError
+from faust.auth import Credentials, SASLCredentials, SSLCredentials
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, Message
 from mode.services import Service
 from mode.types import ServiceT
+
+from topics.cluster import Cluster
 
 YIELD_EVERY = 100
 """Records handed to the stream before the loop runs something else."""
@@ -94,6 +97,16 @@ class Transport(driver.Transport):
     """Faust's transport, with the consumer above."""
 
     Consumer = Consumer
+
+
+def credentials(cluster: Cluster) -> Credentials | None:
+    """What an app is told of how to be let in; None where nobody asks. Raises `AccessRefused` as the cluster does."""
+    context = cluster.ssl_context
+    if cluster.sasl:
+        return SASLCredentials(
+            username=cluster.username, password=cluster.password, ssl_context=context, mechanism=cluster.mechanism
+        )
+    return SSLCredentials(context) if context is not None else None
 
 
 def on_own_loop(app: faust.App) -> faust.App:

@@ -52,6 +52,7 @@ class Endpoints:
         """The HEADRACE_* variables that point a process at this stack."""
         return {
             "HEADRACE_KAFKA_BOOTSTRAP": self.kafka_bootstrap,
+            "HEADRACE_KAFKA_SECURITY_PROTOCOL": "PLAINTEXT",
             "HEADRACE_REDIS_URL": self.redis_url,
             "HEADRACE_CLICKHOUSE_URL": self.clickhouse_url,
             "HEADRACE_DATA_DIR": self.data_dir,

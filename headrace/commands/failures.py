@@ -16,13 +16,14 @@ from redis.exceptions import RedisError
 from clickhouse.errors import sentence
 from clickhouse.migrate import MigrationError
 from headrace.local import NoStack
+from topics.cluster import AccessRefused
 
 
 @contextmanager
 def plain_failures(*expected: type[Exception]) -> Iterator[None]:
     """Turn what a stack that is away, or wrong input, raises into a sentence on stderr; other errors are bugs."""
     _quieten()
-    wrong: tuple[type[Exception], ...] = (NoStack, MigrationError, *expected)
+    wrong: tuple[type[Exception], ...] = (NoStack, MigrationError, AccessRefused, *expected)
     try:
         yield
     except wrong as error:

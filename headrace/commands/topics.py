@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from aiokafka.admin import AIOKafkaAdminClient
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from headrace.settings import Settings
 from topics import docs as topic_docs
 from topics.apply import Actual, ApplyError, actual_topics, apply_all, catalogue_for
 from topics.catalogue import DAY_MS, HOUR_MS, Topic
+from topics.clients import admin_client
 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
@@ -66,12 +66,8 @@ def show(worker: Workers = None, data_dir: DataDir = None) -> None:
 
 
 async def _actual(settings: Settings, topics: list[Topic]) -> dict[str, Actual]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap, client_id="topics-list")
-    await admin.start()
-    try:
+    async with admin_client(settings.kafka, "topics-list") as admin:
         return await actual_topics(admin, {topic.name for topic in topics})
-    finally:
-        await admin.close()
 
 
 def _state(topic: Topic, found: Actual) -> str:

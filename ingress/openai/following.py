@@ -96,10 +96,10 @@ class Following:
         self._replaying.add_done_callback(self._replay_ended)
 
     async def _feed(self, partition: int, since_ms: int) -> None:
-        bootstrap = self._services.settings.kafka_bootstrap
+        cluster = self._services.settings.kafka
         while True:
             try:
-                async with contextlib.aclosing(replay(bootstrap, partition, since_ms, self.stream.rid)) as pieces:
+                async with contextlib.aclosing(replay(cluster, partition, since_ms, self.stream.rid)) as pieces:
                     async for piece in pieces:
                         for delta in piece.deltas:
                             self.stream.push(delta)

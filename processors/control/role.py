@@ -52,7 +52,7 @@ class ControlProcessor:
         """Become the writer: fence the one before, then read what it wrote."""
         async with self._busy:
             await self._release()
-            self._writer = Writer(self._settings.kafka_bootstrap, f"{ROLE}-writer-{self._settings.instance}")
+            self._writer = Writer(self._settings.kafka, f"{ROLE}-writer-{self._settings.instance}")
             await self._writer.start()
             replay = await replay_control(self._settings, TOPICS)
             self._state = ControlState.of(replay.records)
@@ -165,7 +165,7 @@ class ControlProcessor:
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """Run the control role until `stop` is set. Raises what ended it otherwise."""
     redis = connect(settings.redis_url)
-    async with Producer(settings.kafka_bootstrap, f"{ROLE}-{settings.instance}") as producer:
+    async with Producer(settings.kafka, f"{ROLE}-{settings.instance}") as producer:
         processor = ControlProcessor(settings, redis, producer)
         role = AgentRole(settings, ROLE, CONTROL_COMMANDS, processor.handle)
         role.on_partitions(processor.assigned, processor.revoked)

@@ -10,6 +10,7 @@ from aiokafka import AIOKafkaProducer
 from processors.control.decide import Write
 from topics.catalogue import CONTROL_PRICES, CONTROL_RECORDS, Topic
 from topics.clients import close
+from topics.cluster import Cluster, start_client
 
 TOPICS: Mapping[str, Topic] = CONTROL_RECORDS | {"prices": CONTROL_PRICES}
 """The compacted topic of each kind of record that the control processor writes."""
@@ -21,9 +22,10 @@ TRANSACTION_TIMEOUT_MS = 10_000
 class Writer:
     """Writes records in transactions: all of a batch or none."""
 
-    def __init__(self, bootstrap: str, client_id: str) -> None:
+    def __init__(self, cluster: Cluster, client_id: str) -> None:
+        self._cluster = cluster
         self._inner = AIOKafkaProducer(
-            bootstrap_servers=bootstrap,
+            **cluster.options(),
             client_id=client_id,
             acks="all",
             enable_idempotence=True,
@@ -34,7 +36,7 @@ class Writer:
 
     async def start(self) -> None:
         """Become the writer: ends what an earlier one left open, and fences it."""
-        await self._inner.start()
+        await start_client(self._cluster, self._inner)
 
     async def stop(self) -> None:
         """Close. A transaction that was left open is ended by the next writer."""

@@ -10,13 +10,14 @@ from headrace.errors import ProviderError
 from schemas.events import BodyRef
 from topics.catalogue import REQUESTS
 from topics.clients import LogReader
+from topics.cluster import Cluster
 
 
 class Bodies:
     """Fetches bodies by reference, one at a time: large ones are rare."""
 
-    def __init__(self, bootstrap: str) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
         self._reader: LogReader | None = None
         self._lock = asyncio.Lock()
 
@@ -24,7 +25,7 @@ class Bodies:
         """The body at `ref`. Raises `ProviderError` when retention took it or the brokers do not answer."""
         async with self._lock:
             if self._reader is None:
-                self._reader = LogReader(self._bootstrap, "worker-bodies")
+                self._reader = LogReader(self._cluster, "worker-bodies")
                 await self._reader.start()
             tp = TopicPartition(REQUESTS.name, ref.partition)
             consumer = self._reader.consumer

@@ -39,7 +39,7 @@ class Role:
         self._registry = registry
         topic = worker_commands(settings.worker_id)
         self.agent = AgentRole(settings, "worker", topic, self.handle, group=f"headrace-worker-{settings.worker_id}")
-        self.bodies = Bodies(settings.kafka_bootstrap)
+        self.bodies = Bodies(settings.kafka)
         self.worker = Worker(
             settings.worker_id,
             settings.pool,
@@ -83,7 +83,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life: on a wish to stop it takes no more work, lets running answers end, then leaves."""
     client = connect(settings.redis_url)
     registry = Registry(client)
-    async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
+    async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
         role = Role(settings, producer, registry)
         heart = asyncio.create_task(role.heartbeat())

@@ -69,7 +69,7 @@ class Metering:
         """What the log said shortly before `upto`: a restart must judge a terminal as its predecessor would."""
         view = LogView()
         tp = TopicPartition(LOG.name, partition)
-        async with LogReader(self._settings.kafka_bootstrap, "metering-warm-up") as reader:
+        async with LogReader(self._settings.kafka, "metering-warm-up") as reader:
             reader.assign([LOG], [partition])
             await reader.seek_to_time([tp], int(time.time() * 1000) - LONGEST_REQUEST_MS)
             if await reader.consumer.position(tp) < upto:
@@ -95,7 +95,7 @@ class Metering:
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life."""
-    async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
+    async with Producer(settings.kafka, settings.instance) as producer:
         metering = Metering(settings, producer)
         agent = AgentRole(settings, "metering", LOG, metering.handle, gather_s=GATHER_S)
 

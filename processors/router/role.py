@@ -85,7 +85,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life."""
     client = connect(settings.redis_url)
     registry = Registry(client)
-    async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
+    async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
         try:
             router = Router(producer, registry, settings.instance)

@@ -19,6 +19,7 @@ from schemas.events import NOTHING, AttemptOpened, ErrorInfo, Routed, Stage, Sta
 from topics import frames, request_log
 from topics.catalogue import LOG, REPLIES
 from topics.clients import LogReader, Producer
+from topics.cluster import Cluster
 from topics.outcomes import Outcomes, now_ms
 
 log = structlog.get_logger(__name__)
@@ -49,7 +50,7 @@ class Sent:
         )
 
 
-async def sent_frames(bootstrap: str, partition: int, wanted: dict[str, int], since_ms: int) -> dict[str, Sent]:
+async def sent_frames(cluster: Cluster, partition: int, wanted: dict[str, int], since_ms: int) -> dict[str, Sent]:
     """What each request of `wanted` (id -> offset of its fence) had sent on a reply partition, in one pass.
 
     Frames before the fence count, later ones do not. `since_ms` (Unix ms) is when the oldest of them was accepted.
@@ -58,7 +59,7 @@ async def sent_frames(bootstrap: str, partition: int, wanted: dict[str, int], si
     views = {rid: frames.StreamView() for rid in found}
     fences = {bytes.fromhex(request_id): offset for request_id, offset in wanted.items()}
     tp = TopicPartition(REPLIES.name, partition)
-    async with LogReader(bootstrap, "scheduler-recovery") as reader:
+    async with LogReader(cluster, "scheduler-recovery") as reader:
         reader.assign([REPLIES], [partition])
         await reader.seek_to_time([tp], since_ms)
         async for record in reader.read_to_end([tp]):
@@ -86,8 +87,8 @@ def _add(sent: Sent, delta: frames.Delta) -> None:
 class Recovery:
     """Settles requests whose worker was lost: another attempt where nothing was sent, a clear failure where it was."""
 
-    def __init__(self, bootstrap: str, producer: Producer, outcomes: Outcomes, tails: Tails) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, cluster: Cluster, producer: Producer, outcomes: Outcomes, tails: Tails) -> None:
+        self._cluster = cluster
         self._producer = producer
         self._outcomes = outcomes
         self._tails = tails
@@ -109,7 +110,7 @@ class Recovery:
         for partition, requests in by_partition.items():
             wanted = {routed.request_id: fences[routed.request_id] for routed in requests}
             since = min(routed.accepted_ms for routed in requests)
-            sent |= await sent_frames(self._bootstrap, partition, wanted, since)
+            sent |= await sent_frames(self._cluster, partition, wanted, since)
         again: list[tuple[str, int]] = []
         for action, routed in lost:
             if routed.request_id not in sent:

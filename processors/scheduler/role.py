@@ -57,7 +57,7 @@ class Scheduler:
         self._lock = asyncio.Lock()
         self._seen_version = -1
         self.tails = Tails(
-            settings.kafka_bootstrap,
+            settings.kafka,
             on_terminal=self._on_terminal,
             on_cancellation=self._on_cancellation,
             on_heartbeat=self._on_heartbeat,
@@ -131,7 +131,7 @@ class Scheduler:
                 return self._pools[name]
             runner = PoolRunner(self._settings, name, self._producer, self.tails)
             runner.fail = self.agent.fail
-            async with LogReader(self._settings.kafka_bootstrap, "scheduler-takeover") as reader:
+            async with LogReader(self._settings.kafka, "scheduler-takeover") as reader:
                 runner.state.term = await take_term(self._producer, name, self._settings.instance)
                 runner.state.taken_ms = NOT_YET_MS
                 live = await read_live(reader, [runner.partition])
@@ -241,10 +241,10 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     """The role's life."""
     client = connect(settings.redis_url)
     registry = Registry(client)
-    async with Producer(settings.kafka_bootstrap, settings.instance) as producer:
+    async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
         scheduler = Scheduler(settings, producer, registry)
-        oldest = await oldest_live_ms(settings.kafka_bootstrap)
+        oldest = await oldest_live_ms(settings.kafka)
         await scheduler.tails.start(min(now_ms() - MAX_AGE_MS, oldest or now_ms()))
         beside = [asyncio.create_task(scheduler.tails.run()), asyncio.create_task(scheduler.tick())]
         for task in beside:

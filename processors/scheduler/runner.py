@@ -77,7 +77,7 @@ class PoolRunner:
         self.fail: Callable[[BaseException], None] = lambda error: None
         self._producer = producer
         self._outcomes = Outcomes(producer, "scheduler", settings.instance)
-        self._recovery = Recovery(settings.kafka_bootstrap, producer, self._outcomes, tails)
+        self._recovery = Recovery(settings.kafka, producer, self._outcomes, tails)
         self._declared: dict[str, Model] = {}
         """The models as the registry has them."""
         self._sizes = Sizes()

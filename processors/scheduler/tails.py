@@ -15,6 +15,7 @@ from aiokafka import TopicPartition
 from schemas.events import Cancellation, Usage, WorkerStatus
 from topics.catalogue import CANCELLATIONS, LOG, POOL_TERMS, WORKER_STATUS
 from topics.clients import LogReader, Record
+from topics.cluster import Cluster
 from topics.request_log import LogView
 
 GATHER_S = 0.005
@@ -46,14 +47,14 @@ class Tails:
 
     def __init__(
         self,
-        bootstrap: str,
+        cluster: Cluster,
         *,
         on_terminal: Callable[[Ended], Awaitable[None]],
         on_cancellation: Callable[[Cancellation], Awaitable[None]],
         on_heartbeat: Callable[[WorkerStatus], Awaitable[None]],
         on_term: Callable[[str, int], Awaitable[None]],
     ) -> None:
-        self._reader = LogReader(bootstrap, "scheduler-tails", max_wait_ms=1000)
+        self._reader = LogReader(cluster, "scheduler-tails", max_wait_ms=1000)
         self._on_terminal = on_terminal
         self._on_cancellation = on_cancellation
         self._on_heartbeat = on_heartbeat

@@ -15,6 +15,7 @@ from processors.scheduler.state import Running
 from schemas.events import LiveRequest, PoolTerm, Routed, Status, Terminal, Timings
 from topics.catalogue import LIVE, POOL_TERMS, ROUTED
 from topics.clients import LogReader, Producer
+from topics.cluster import Cluster
 from topics.outcomes import now_ms
 
 log = structlog.get_logger(__name__)
@@ -74,9 +75,9 @@ async def read_routed(reader: LogReader, live: list[LiveRequest]) -> dict[str, R
     return found
 
 
-async def oldest_live_ms(bootstrap: str) -> int | None:
+async def oldest_live_ms(cluster: Cluster) -> int | None:
     """When the oldest request without a terminal was accepted (Unix ms), over all pools; None when there is none."""
-    async with LogReader(bootstrap, "scheduler-oldest") as reader:
+    async with LogReader(cluster, "scheduler-oldest") as reader:
         live = await read_live(reader, range(LIVE.partitions))
     return min((request.accepted_ms for request in live.requests), default=None)
 

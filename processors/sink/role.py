@@ -25,6 +25,7 @@ from headrace import metrics
 from headrace.settings import Settings
 from processors.sink.batch import Batch, Limits
 from topics.clients import Producer, Record, close
+from topics.cluster import start_client
 from topics.dead_letters import bury
 
 log = structlog.get_logger(__name__)
@@ -70,10 +71,10 @@ class Sink:
         self._limits = limits or Limits()
         self._database = database_name(conf)
         self._rebalances = _Rebalances()
-        self._producer = Producer(conf.kafka_bootstrap, f"{ROLE}-{conf.instance}")
+        self._producer = Producer(conf.kafka, f"{ROLE}-{conf.instance}")
         self._client: AsyncClient | None = None
         self._consumer = AIOKafkaConsumer(
-            bootstrap_servers=conf.kafka_bootstrap,
+            **conf.kafka.options(),
             client_id=f"{ROLE}-{conf.instance}",
             group_id=GROUP,
             group_instance_id=f"{GROUP}-{conf.instance}",
@@ -90,7 +91,7 @@ class Sink:
         """Read, write and commit until told to stop. Raises `KafkaError` on what only a new process can cure."""
         self._consumer.subscribe([topic.name for topic in TOPICS], listener=self._rebalances)
         async with self._producer:
-            await self._consumer.start()
+            await start_client(self._conf.kafka, self._consumer)
             try:
                 with contextlib.suppress(Stopped):
                     await self._work()

@@ -244,7 +244,7 @@ async def test_a_result_that_overtakes_its_frames_does_not_cut_the_stream(victim
                 public.request_id, "default", attempt, 0, Status.COMPLETED,
                 model="bench", reply_partition=public.reply_partition, last_seq=late[-1].seq,
             )  # fmt: skip
-            async with Producer(victim.settings.kafka_bootstrap, "overtaking") as producer:
+            async with Producer(victim.settings.kafka, "overtaking") as producer:
                 await producer.send(LOG.name, msgspec.json.encode(end), key=public.request_id)
                 await asyncio.sleep(7)
                 assert not rest.done(), "what is not complete is not ended"

@@ -24,5 +24,5 @@ async def conf(infra: Settings) -> Settings:
 
 @pytest.fixture
 async def producer(infra: Settings) -> AsyncIterator[Producer]:
-    async with Producer(infra.kafka_bootstrap, "sink-test") as made:
+    async with Producer(infra.kafka, "sink-test") as made:
         yield made

@@ -115,7 +115,7 @@ async def test_a_malformed_command_is_dead_lettered_as_it_was_and_the_next_is_ha
     infra: Settings, client: ControlClient
 ) -> None:
     poison = b"\xff not a command " + uuid.uuid4().bytes
-    async with Producer(infra.kafka_bootstrap, "test") as producer:
+    async with Producer(infra.kafka, "test") as producer:
         await producer.send(CONTROL_COMMANDS.name, poison)
     await client.submit([command(app(), actor="test")])
     (reason,) = [reason for reason, value in await letters(infra) if value == poison]
@@ -162,7 +162,7 @@ async def test_commands_survive_a_killed_processor(infra: Settings, control: Rol
 async def test_only_the_newest_writer_can_write(infra: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     await apply_all(infra, workers=[])
     monkeypatch.setattr(writer_module, "TRANSACTIONAL_ID", f"test-{uuid.uuid4().hex}")
-    old, new = Writer(infra.kafka_bootstrap, "old"), Writer(infra.kafka_bootstrap, "new")
+    old, new = Writer(infra.kafka, "old"), Writer(infra.kafka, "new")
     made = app()
     write = Write("apps", made.id, msgspec.json.encode(made))
     await old.start()

@@ -63,12 +63,12 @@ async def test_records_that_come_while_the_end_is_looked_up_are_not_passed_over(
         async with writer.transaction():
             offset, name = await write(writer, topic, number)
         written[offset] = name
-        async with CommittedReader(infra.kafka_bootstrap, "test") as other:
+        async with CommittedReader(infra.kafka, "test") as other:
             await read_up_to(Replay(other, {"apps": topic}), topic, offset)
 
     await put(0)
     for number in range(1, ROUNDS):
-        async with CommittedReader(infra.kafka_bootstrap, "test") as reader:
+        async with CommittedReader(infra.kafka, "test") as reader:
             look_up = reader.consumer.end_offsets
 
             async def look_up_and_write(
@@ -92,7 +92,7 @@ async def test_records_that_come_while_the_end_is_looked_up_are_not_passed_over(
 async def test_a_transaction_that_was_not_committed_is_not_replayed(
     infra: Settings, topic: Topic, writer: AIOKafkaProducer
 ) -> None:
-    async with CommittedReader(infra.kafka_bootstrap, "test") as reader:
+    async with CommittedReader(infra.kafka, "test") as reader:
         replay = Replay(reader, {"apps": topic})
         async with writer.transaction():
             first, _ = await write(writer, topic, 1)
@@ -115,7 +115,7 @@ async def test_a_record_that_is_damaged_counts_as_deleted(
         await write(writer, topic, 1)
         await write(writer, topic, 2)
         damaged = await writer.send_and_wait(topic.name, b'{"id": 5}', key=b"app-1")
-    async with CommittedReader(infra.kafka_bootstrap, "test") as reader:
+    async with CommittedReader(infra.kafka, "test") as reader:
         replay = Replay(reader, {"apps": topic})
         await read_up_to(replay, topic, damaged.offset)
         assert list(replay.records["apps"]) == ["app-2"]

@@ -101,7 +101,7 @@ async def test_a_rebuild_remembers_idempotent_requests_of_the_last_day(
     digest = hashlib.sha256(body).hexdigest()
     keyed = Envelope(uuid.uuid4().hex, "/test", now, tenant, "k", 3, digest, 60.0, 30, "order-1")
     plain = msgspec.structs.replace(keyed, request_id=uuid.uuid4().hex, idempotency_key=None)
-    async with Producer(infra.kafka_bootstrap, "test") as producer:
+    async with Producer(infra.kafka, "test") as producer:
         for envelope in (keyed, plain):
             await producer.send(REQUESTS.name, body, key=envelope.request_id, headers=envelope.headers())
         await producer.send(REQUESTS.name, b"no envelope")

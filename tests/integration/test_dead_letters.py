@@ -33,7 +33,7 @@ async def api(stack: Stack) -> AsyncIterator[Api]:
 
 @pytest.fixture
 async def producer(stack: Stack) -> AsyncIterator[Producer]:
-    async with Producer(stack.settings.kafka_bootstrap, "test") as made:
+    async with Producer(stack.settings.kafka, "test") as made:
         yield made
 
 

@@ -207,7 +207,7 @@ async def test_a_record_that_is_published_twice_is_one_generation(stack: Stack, 
     name, spec = named(tokens=20, interval_ms=50)
     since = await end_offsets(stack.settings, REQUESTS)
     before = stack.ledger()["duplicates"]
-    async with api.open(body(spec)) as reader, Producer(stack.settings.kafka_bootstrap, "test") as producer:
+    async with api.open(body(spec)) as reader, Producer(stack.settings.kafka, "test") as producer:
         await reader.until_tokens(3)
         [record] = await records(stack.settings, REQUESTS, since)
         key = (record.key or b"").decode()

@@ -52,7 +52,7 @@ async def test_the_whole_catalogue_is_applied_once(infra: Settings, admin: AIOKa
 
 async def test_a_created_topic_takes_records_at_once(infra: Settings, topic: Topic) -> None:
     assert await apply_all(infra, workers=[]) == [f"created {topic.name} (2 partitions)"]
-    async with Producer(infra.kafka_bootstrap, "test") as producer:
+    async with Producer(infra.kafka, "test") as producer:
         for partition in range(topic.partitions):
             assert (await producer.send(topic.name, b"x", partition=partition)).offset == 0
 

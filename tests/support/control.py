@@ -94,7 +94,7 @@ def app(name: str = "") -> App:
 
 async def letters(infra: Settings) -> list[tuple[str, bytes | None]]:
     """Reason and value of every dead letter of control commands."""
-    async with LogReader(infra.kafka_bootstrap, "test", max_wait_ms=100) as reader:
+    async with LogReader(infra.kafka, "test", max_wait_ms=100) as reader:
         found = [record async for record in reader.read_to_end(reader.assign([DEAD_LETTERS]))]
     described = [(describe(record.headers)[0], record.value) for record in found]
     return [(letter.reason, value) for letter, value in described if letter.source_topic == CONTROL_COMMANDS.name]

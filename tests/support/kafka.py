@@ -9,14 +9,14 @@ from topics.clients import LogReader, Record
 
 async def end_offsets(conf: Settings, topic: Topic) -> dict[int, int]:
     """The end offset of every partition."""
-    async with LogReader(conf.kafka_bootstrap, "test") as reader:
+    async with LogReader(conf.kafka, "test") as reader:
         ends = await reader.consumer.end_offsets(reader.assign([topic]))
         return {tp.partition: end for tp, end in ends.items()}
 
 
 async def records(conf: Settings, topic: Topic, since: dict[int, int] | None = None) -> list[Record]:
     """All records of a topic, or those from the given offsets on."""
-    async with LogReader(conf.kafka_bootstrap, "test", max_wait_ms=100) as reader:
+    async with LogReader(conf.kafka, "test", max_wait_ms=100) as reader:
         assignment = reader.assign([topic])
         if since is None:
             await reader.consumer.seek_to_beginning(*assignment)
