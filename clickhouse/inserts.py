@@ -8,11 +8,11 @@ from clickhouse_connect.driver.asyncclient import AsyncClient
 
 from clickhouse.client import INSERT_SETTINGS
 from clickhouse.errors import is_data_error, sentence
-from clickhouse.rows import Item, S
+from clickhouse.rows import Item
 from clickhouse.tables import Table
 
 
-async def insert(client: AsyncClient, where: str, table: Table, items: Sequence[Item[S]]) -> list[tuple[Item[S], str]]:
+async def insert(client: AsyncClient, where: str, table: Table, items: Sequence[Item]) -> list[tuple[Item, str]]:
     """Insert into `where` (`database.table`, of the shape of `table`); returns the items that were refused, and why.
 
     When ClickHouse refuses the data, the batch is halved until the bad rows stand alone; all others are inserted.

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic
 
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
 from clickhouse.inserts import insert
-from clickhouse.rows import Item, S
+from clickhouse.rows import Item
 from clickhouse.tables import ATTEMPTS, REQUESTS, TABLES, Table
 
 IDS_PER_QUERY = 2000
@@ -34,13 +33,13 @@ _OFFSET = REQUESTS.index("kafka_offset")
 
 
 @dataclass(slots=True)
-class Outcome(Generic[S]):
+class Outcome:
     """What became of a batch: rows inserted by table name, and items that ClickHouse refused, with the reason."""
 
     written: dict[str, int] = field(default_factory=dict)
     void: int = 0
     """Terminals of fenced attempts, which are no rows."""
-    refused: list[tuple[Item[S], str]] = field(default_factory=list)
+    refused: list[tuple[Item, str]] = field(default_factory=list)
 
 
 def is_void(attempt: int, offset: int, openings: Iterable[tuple[int, int]]) -> bool:
@@ -48,12 +47,12 @@ def is_void(attempt: int, offset: int, openings: Iterable[tuple[int, int]]) -> b
     return any(opened > attempt and at < offset for opened, at in openings)
 
 
-def without_void(terminals: Sequence[Item[S]], openings: Openings) -> list[Item[S]]:
+def without_void(terminals: Sequence[Item], openings: Openings) -> list[Item]:
     """The terminals (items of `requests_raw`) that no higher attempt precedes."""
     return [item for item in terminals if not _is_void(item, openings)]
 
 
-def _is_void(item: Item[S], openings: Openings) -> bool:
+def _is_void(item: Item, openings: Openings) -> bool:
     row = item.row
     found = openings.get((str(row[_TENANT]), str(row[_ID])), ())
     return is_void(int(str(row[_ATTEMPT])), int(str(row[_OFFSET])), found)
@@ -71,12 +70,12 @@ class Projection:
         """Full name of a table. Openings are facts that only ever grow, so a copy shares them."""
         return f"{self._database}.{table.name}{'' if table is ATTEMPTS else self._suffix}"
 
-    async def write(self, items: Iterable[Item[S]]) -> Outcome[S]:
+    async def write(self, items: Iterable[Item]) -> Outcome:
         """Insert a batch, durable when this returns. After an error of `clickhouse.errors.Away`, write it again."""
-        by_table: dict[Table, list[Item[S]]] = defaultdict(list)
+        by_table: dict[Table, list[Item]] = defaultdict(list)
         for item in items:
             by_table[item.table].append(item)
-        outcome: Outcome[S] = Outcome()
+        outcome = Outcome()
         for table in TABLES:
             rows = by_table[table]
             if table is REQUESTS and rows:

@@ -26,7 +26,8 @@ from headrace.settings import Settings
 from topics.catalogue import EVENTS as EVENTS_TOPIC
 from topics.catalogue import LOG
 from topics.catalogue import USAGE as USAGE_TOPIC
-from topics.clients import LogReader, Record
+from topics.clients import LogReader
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
@@ -118,7 +119,7 @@ class _Rebuild:
     async def _fill(self, projection: Projection) -> None:
         """Write every record from the current positions to the ends as they are now, and stand at those ends."""
         ends = await self._measure()
-        items: list[Item[Record]] = []
+        items: list[Item] = []
         size = 0
         async for record in self._reader.read_to_end(self._assignment):
             self.report.records += 1
@@ -141,7 +142,7 @@ class _Rebuild:
             self._to_read += max(0, end - await self._reader.consumer.position(partition))
         return ends
 
-    async def _write(self, projection: Projection, items: list[Item[Record]]) -> None:
+    async def _write(self, projection: Projection, items: list[Item]) -> None:
         outcome = await projection.write(items)
         self.report.rows.update(outcome.written)
         for item, reason in outcome.refused:

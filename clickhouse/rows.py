@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Context, Decimal
-from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
 from clickhouse.tables import ATTEMPTS, EVENTS, REQUESTS, USAGE, Table
 from schemas.events import STAGE_RANK, AttemptOpened, ErrorInfo, LifecycleEvent, Terminal, UsageEvent
 from topics import catalogue, request_log
+from topics.record import Record
 
 Row = tuple[object, ...]
 
@@ -37,31 +37,13 @@ class Unreadable(ValueError):
     """A record that can never become a row; the message says why, without its content."""
 
 
-class Source(Protocol):
-    """What a row needs of a Kafka record; aiokafka's `ConsumerRecord` has it. `timestamp` is Unix ms."""
-
-    @property
-    def topic(self) -> str: ...
-    @property
-    def partition(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def timestamp(self) -> int: ...
-    @property
-    def value(self) -> bytes | None: ...
-
-
-S = TypeVar("S", bound=Source)
-
-
 @dataclass(frozen=True, slots=True)
-class Item(Generic[S]):
+class Item:
     """One row, its table, and the record it came from."""
 
     table: Table
     row: Row
-    source: S
+    source: Record
 
 
 def _time(ms: int, name: str) -> datetime:
@@ -91,11 +73,11 @@ def _span(start_ms: int, end_ms: int) -> int | None:
     return max(0, end_ms - start_ms) if start_ms and end_ms else None
 
 
-def _source(record: Source) -> tuple[int, int, int]:
+def _source(record: Record) -> tuple[int, int, int]:
     return record.partition, record.offset, FIRST_WINS - record.offset
 
 
-def attempt_row(event: AttemptOpened, record: Source) -> Row:
+def attempt_row(event: AttemptOpened, record: Record) -> Row:
     """Row of `request_attempts_raw`. Raises `Unreadable`."""
     return (
         _id(event.request_id, "request_id"),
@@ -109,7 +91,7 @@ def attempt_row(event: AttemptOpened, record: Source) -> Row:
     )
 
 
-def request_row(event: Terminal, record: Source) -> Row:
+def request_row(event: Terminal, record: Record) -> Row:
     """Row of `requests_raw`. Raises `Unreadable`."""
     times, usage = event.timings, event.usage
     error = event.error or ErrorInfo(status=0, code="", message="", type="")
@@ -152,7 +134,7 @@ def request_row(event: Terminal, record: Source) -> Row:
     )
 
 
-def event_row(event: LifecycleEvent, record: Source) -> Row:
+def event_row(event: LifecycleEvent, record: Record) -> Row:
     """Row of `request_events_raw`. Raises `Unreadable`."""
     return (
         _id(event.request_id, "request_id"),
@@ -173,7 +155,7 @@ def _text(value: str | int | float | bool) -> str:
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
-def usage_row(event: UsageEvent, record: Source) -> Row:
+def usage_row(event: UsageEvent, record: Record) -> Row:
     """Row of `usage_raw`; a cost of more than 18 places is rounded half to even. Raises `Unreadable`."""
     if not event.cost.is_finite() or abs(event.cost) >= COST_BOUND:
         raise Unreadable("cost is not a finite number below 10^20")
@@ -210,22 +192,22 @@ _usage_decoder = msgspec.json.Decoder(UsageEvent)
 _event_decoder = msgspec.json.Decoder(LifecycleEvent)
 
 
-def _log(value: bytes, record: Source) -> tuple[Table, Row]:
+def _log(value: bytes, record: Record) -> tuple[Table, Row]:
     decoded = request_log.decode(value)
     if isinstance(decoded, AttemptOpened):
         return ATTEMPTS, attempt_row(decoded, record)
     return REQUESTS, request_row(decoded, record)
 
 
-def _event(value: bytes, record: Source) -> tuple[Table, Row]:
+def _event(value: bytes, record: Record) -> tuple[Table, Row]:
     return EVENTS, event_row(_event_decoder.decode(value), record)
 
 
-def _usage(value: bytes, record: Source) -> tuple[Table, Row]:
+def _usage(value: bytes, record: Record) -> tuple[Table, Row]:
     return USAGE, usage_row(_usage_decoder.decode(value), record)
 
 
-_READERS: dict[str, Callable[[bytes, Source], tuple[Table, Row]]] = {
+_READERS: dict[str, Callable[[bytes, Record], tuple[Table, Row]]] = {
     catalogue.LOG.name: _log,
     catalogue.EVENTS.name: _event,
     catalogue.USAGE.name: _usage,
@@ -234,7 +216,7 @@ TOPICS: Sequence[catalogue.Topic] = (catalogue.LOG, catalogue.EVENTS, catalogue.
 """The topics that become rows."""
 
 
-def read(record: S) -> Item[S]:
+def read(record: Record) -> Item:
     """The row of a record of one of `TOPICS`. Raises `Unreadable`."""
     if record.value is None:
         raise Unreadable("the record has no value")

@@ -11,8 +11,9 @@ from aiokafka import TopicPartition
 from headrace.settings import Settings
 from schemas.control import RECORDS, App, Key, Model, Price, Provider
 from topics.catalogue import CONTROL_RECORDS, Topic
-from topics.clients import LogReader, Record
+from topics.clients import LogReader
 from topics.cluster import Cluster
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 

@@ -15,9 +15,10 @@ from headrace.settings import Settings
 from schemas.events import UsageEvent
 from topics import request_log
 from topics.catalogue import DEAD_LETTERS, LOG, REQUESTS, USAGE, Topic
-from topics.clients import LogReader, Record, admin_client
+from topics.clients import LogReader, admin_client
 from topics.cluster import Cluster
 from topics.dead_letters import describe
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 

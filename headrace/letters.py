@@ -11,9 +11,10 @@ from headrace.settings import Settings
 from schemas.events import DeadLetter
 from schemas.ids import new_request_id
 from topics.catalogue import DEAD_LETTERS, REQUESTS
-from topics.clients import LogReader, Producer, Record
+from topics.clients import LogReader, Producer
 from topics.dead_letters import PREFIX, describe
 from topics.envelope import EnvelopeError, parse
+from topics.record import Record
 
 _REPLACED = ("ce_id", "ce_time", "hr-replay-of", "hr-idempotency-key")
 """Headers of a request that a replay writes anew. The Idempotency-Key goes: the new id is not derived from it."""

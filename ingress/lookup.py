@@ -18,7 +18,8 @@ from headrace.settings import Settings
 from schemas.events import LifecycleEvent, Terminal
 from topics import envelope, request_log
 from topics.catalogue import EVENTS, LOG, REQUESTS, Topic
-from topics.clients import LogReader, Record
+from topics.clients import LogReader
+from topics.record import Record
 from topics.request_log import LogView
 
 log = structlog.get_logger(__name__)

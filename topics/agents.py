@@ -33,16 +33,16 @@ MAX_BATCH = 64
 
 
 class Message:
-    """A consumed record, with the fields that handlers and dead letters need. `timestamp_ms` is Unix ms."""
+    """A consumed record, without what only Faust needs: a `topics.record.Record`."""
 
-    __slots__ = ("headers", "key", "offset", "partition", "timestamp_ms", "topic", "value")
+    __slots__ = ("headers", "key", "offset", "partition", "timestamp", "topic", "value")
 
     def __init__(self, event: EventT[Any]) -> None:
         raw = event.message
         self.topic: str = raw.topic
         self.partition: int = raw.partition
         self.offset: int = raw.offset
-        self.timestamp_ms = round(raw.timestamp * 1000)
+        self.timestamp = round(raw.timestamp * 1000)
         self.key: bytes | None = raw.key
         self.value: bytes | None = raw.value
         headers: Any = raw.headers or ()

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -16,20 +16,9 @@ from aiokafka.structs import RecordMetadata
 
 from topics.catalogue import MAX_MESSAGE_BYTES, Topic
 from topics.cluster import Cluster, start_client
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
-
-
-class Record(Protocol):
-    """A consumed record, as aiokafka gives it. `timestamp` is Unix ms."""
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes]]
 
 
 LATER_S = 0.1

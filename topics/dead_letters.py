@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import structlog
 
@@ -12,6 +11,7 @@ from headrace import metrics
 from schemas.events import DeadLetter
 from topics.catalogue import DEAD_LETTERS
 from topics.clients import Producer
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
@@ -20,24 +20,7 @@ PREFIX = "hr-dl-"
 MAX_REASON_CHARS = 2000
 
 
-class Source(Protocol):
-    """What a record tells of itself; aiokafka's `ConsumerRecord` does."""
-
-    @property
-    def topic(self) -> str: ...
-    @property
-    def partition(self) -> int: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def key(self) -> bytes | None: ...
-    @property
-    def value(self) -> bytes | None: ...
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
-
-
-async def bury(producer: Producer, record: Source, *, reason: str, role: str) -> None:
+async def bury(producer: Producer, record: Record, *, reason: str, role: str) -> None:
     """Write `record` to `dead.letters` and wait until it is durable. Raises `KafkaError` when it could not be."""
     headers = [(name, value) for name, value in record.headers if not name.startswith(PREFIX)]
     ours = {
@@ -59,7 +42,7 @@ async def bury(producer: Producer, record: Source, *, reason: str, role: str) ->
     )
 
 
-def _times_seen(record: Source) -> int:
+def _times_seen(record: Record) -> int:
     for name, value in record.headers:
         if name == PREFIX + "times-seen" and value.isdigit():
             return int(value)

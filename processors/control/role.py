@@ -92,7 +92,7 @@ class ControlProcessor:
             except ValueError as error:
                 await bury(self._producer, message, reason=f"not a control command: {error}", role=ROLE)
                 continue
-            decision = decide(self._state, command, now_ms=message.timestamp_ms)
+            decision = decide(self._state, command, now_ms=message.timestamp)
             if isinstance(decision, Refused):
                 await bury(self._producer, message, reason=f"refused: {decision.reason}", role=ROLE)
                 outcomes.append(CommandOutcome(command.id, "refused", decision.reason))

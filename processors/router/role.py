@@ -55,14 +55,14 @@ class Router:
                 message.headers,
                 partition=message.partition,
                 offset=message.offset,
-                accepted_ms=message.timestamp_ms,
+                accepted_ms=message.timestamp,
                 now_ms=now_ms(),
                 snapshot=snapshot,
             )
         except Unreadable as bad:
             waits: list[Awaitable[object]] = [bury(self._producer, message, reason=bad.reason, role="router")]
             if bad.envelope is not None:
-                terminal = unreadable_terminal(bad.envelope, message.timestamp_ms, now_ms(), bad.reason)
+                terminal = unreadable_terminal(bad.envelope, message.timestamp, now_ms(), bad.reason)
                 waits.append(self._outcomes.end(terminal))
             return waits
         if isinstance(routed, Terminal):

@@ -14,8 +14,9 @@ from aiokafka import TopicPartition
 
 from schemas.events import Cancellation, Usage, WorkerStatus
 from topics.catalogue import CANCELLATIONS, LOG, POOL_TERMS, WORKER_STATUS
-from topics.clients import LogReader, Record
+from topics.clients import LogReader
 from topics.cluster import Cluster
+from topics.record import Record
 from topics.request_log import LogView
 
 GATHER_S = 0.005

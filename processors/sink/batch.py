@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from aiokafka import TopicPartition
 
 from clickhouse.rows import Item, Unreadable, read
-from topics.clients import Record
+from topics.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Batch:
 
     def __init__(self, limits: Limits, *, last_flush_s: float = float("-inf")) -> None:
         self.limits = limits
-        self.items: list[Item[Record]] = []
+        self.items: list[Item] = []
         self.unreadable: list[tuple[Record, str]] = []
         self.bytes = 0
         self.first_s: float | None = None

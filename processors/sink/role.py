@@ -24,7 +24,7 @@ from clickhouse.rows import TOPICS
 from headrace import metrics
 from headrace.settings import Settings
 from processors.sink.batch import Batch, Limits
-from topics.clients import Producer, Record, close
+from topics.clients import Producer, close
 from topics.cluster import start_client
 from topics.dead_letters import bury
 
@@ -136,8 +136,8 @@ class Sink:
                 metrics.SINK_LAG.labels(topic=partition.topic, partition=str(partition.partition)).set(lag)
         log.debug("sink_batch", rows=outcome.written, void=outcome.void, bytes=batch.bytes)
 
-    async def _until_durable(self, batch: Batch) -> Outcome[Record]:
-        async def write() -> Outcome[Record]:
+    async def _until_durable(self, batch: Batch) -> Outcome:
+        async def write() -> Outcome:
             if self._client is None:
                 self._client = await connect(self._conf)
             with metrics.SINK_INSERT_SECONDS.time():

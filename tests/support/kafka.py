@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from headrace.settings import Settings
 from topics.catalogue import Topic
-from topics.clients import LogReader, Record
+from topics.clients import LogReader
+from topics.record import Record
 
 
 async def end_offsets(conf: Settings, topic: Topic) -> dict[int, int]:
