@@ -51,11 +51,17 @@ def headrace(directory: Path, base_url: str, *, start_seconds: float = 180.0) ->
     """A Headrace stack in front of `base_url`, on free ports, with data under `directory`."""
     config, log, key = directory / "headrace.toml", directory / "headrace.log", f"hr-bench-{secrets.token_hex(16)}"
     config.write_text(CONFIG.format(base_url=base_url))
-    command = [str(Path(sys.executable).with_name("headrace")), "up", "--config", str(config)]
-    command += ["--data-dir", str(data_dir(directory)), "--port", "0"]
-    with child(command, log, env={"HEADRACE_ADMIN_KEY": key}, cwd=directory, grace=STOP_SECONDS) as process:
+    with child(
+        up_command(config, data_dir(directory)), log, env={"HEADRACE_ADMIN_KEY": key}, cwd=directory, grace=STOP_SECONDS
+    ) as process:
         url = wait_ready(process, log, ready_line, start_seconds)
         yield Subject(name="headrace", target=Target(base_url=f"{url}/v1", api_key=key), roots=[process.pid])
+
+
+def up_command(config: Path, data: Path) -> list[str]:
+    """`headrace up` of this installation on free ports; further options may follow."""
+    up = [str(Path(sys.executable).with_name("headrace")), "up"]
+    return [*up, "--config", str(config), "--data-dir", str(data), "--port", "0"]
 
 
 def data_dir(directory: Path) -> Path:

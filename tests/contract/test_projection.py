@@ -2,37 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
-
 import msgspec
-import pytest
 from redis.asyncio import Redis
 
 from headrace.projection import CommandOutcome, Outcome, Projection
-from headrace.redis_client import connect
-from tests.support.valkey import BIG, MODELS, OFFSETS, SMALL, Valkey, fill, put_model
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    made = Valkey(tmp_path_factory.mktemp("valkey"))
-    made.start()
-    yield made
-    made.kill()
-
-
-@pytest.fixture
-async def redis(server: Valkey) -> AsyncIterator[Redis]:
-    client = connect(server.url)
-    await server.answer(client)
-    await client.flushall()
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
-def projection(redis: Redis) -> Projection:
-    return Projection(redis)
+from tests.support.valkey import BIG, MODELS, OFFSETS, SMALL, fill, put_model
 
 
 async def test_a_record_is_applied_once_and_in_order(projection: Projection) -> None:

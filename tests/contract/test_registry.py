@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import msgspec
 import pytest
@@ -11,31 +11,8 @@ from redis.asyncio import Redis
 
 from headrace.errors import Unavailable
 from headrace.projection import Outcome, Projection
-from headrace.redis_client import connect
 from headrace.registry import MAX_AGE_S, Registry
 from tests.support.valkey import BIG, KEY, MODELS, OFFSETS, SHA, SMALL, Clock, Valkey, fill, put_key, put_model
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
-    made = Valkey(tmp_path_factory.mktemp("valkey"))
-    made.start()
-    yield made
-    made.kill()
-
-
-@pytest.fixture
-async def redis(server: Valkey) -> AsyncIterator[Redis]:
-    client = connect(server.url)
-    await server.answer(client)
-    await client.flushall()
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
-def projection(redis: Redis) -> Projection:
-    return Projection(redis)
 
 
 @pytest.fixture
@@ -87,9 +64,9 @@ async def test_a_whole_projection_is_served(registry: Registry, projection: Proj
     assert await registry.key("cd" * 32) is None
 
 
-async def test_a_server_that_answers_text_is_read_as_well(server: Valkey, projection: Projection) -> None:
+async def test_a_server_that_answers_text_is_read_as_well(valkey: Valkey, projection: Projection) -> None:
     await fill(projection)
-    client: Redis = Redis.from_url(server.url, decode_responses=True)
+    client: Redis = Redis.from_url(valkey.url, decode_responses=True)
     registry = Registry(client)
     await registry.start()
     assert registry.snapshot.resolve("small") == SMALL
@@ -182,15 +159,15 @@ async def test_a_flushed_server_is_a_doubt_until_it_is_filled_again(
 
 
 async def test_a_server_that_came_back_with_old_data_is_a_doubt(
-    server: Valkey, registry: Registry, projection: Projection, redis: Redis
+    valkey: Valkey, registry: Registry, projection: Projection, redis: Redis
 ) -> None:
     await fill(projection)
     await registry.wait_complete(2)
-    server.kill()
+    valkey.kill()
     with pytest.raises(Unavailable):
         await registry.key("cd" * 32)
-    server.start()
-    await server.answer(redis)
+    valkey.start()
+    await valkey.answer(redis)
     state = await projection.state()
     assert (state.offsets, state.complete) == (OFFSETS, False)
     with pytest.raises(Unavailable):
@@ -202,11 +179,11 @@ async def test_a_server_that_came_back_with_old_data_is_a_doubt(
 
 
 async def test_a_snapshot_that_is_not_confirmed_is_not_answered_from(
-    server: Valkey, registry: Registry, projection: Projection, clock: Clock
+    valkey: Valkey, registry: Registry, projection: Projection, clock: Clock
 ) -> None:
     await fill(projection)
     await registry.wait_complete(2)
-    server.kill()
+    valkey.kill()
     try:
         assert registry.snapshot.resolve("small") == SMALL  # A blip does not stop the service,
         clock.now += MAX_AGE_S + 0.1
@@ -215,4 +192,4 @@ async def test_a_snapshot_that_is_not_confirmed_is_not_answered_from(
         with pytest.raises(Unavailable):
             await registry.key(SHA)
     finally:
-        server.start()
+        valkey.start()

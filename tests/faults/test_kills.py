@@ -7,12 +7,11 @@ import random
 import time
 
 import pytest
-from clickhouse_connect.driver.exceptions import OperationalError
 
 from tests.faults.conftest import Note
+from tests.support.accounts import settled, usage_rows
 from tests.support.callers import INTERVAL_MS, RAMP_S, TOKENS, Crowd, Outcome
 from tests.support.stacks import Stack
-from tests.support.waiting import until
 
 CROWD = 50
 LENGTH_S = RAMP_S + TOKENS * INTERVAL_MS / 1000
@@ -57,28 +56,13 @@ async def accounted(stack: Stack, outcomes: list[Outcome], *, again: bool = Fals
     """One terminal, one usage and one row for each, of as many tokens as its caller saw."""
     ids = {one.request_id: one for one in outcomes}
     assert len(ids) == len(outcomes)
-    wanted = ", ".join(f"'{request_id}'" for request_id in ids)
-    query = f"SELECT request_id, status, completion_tokens FROM usage WHERE request_id IN ({wanted})"  # noqa: S608
-
-    async def stored() -> list[dict[str, object]] | None:
-        try:
-            rows = await asyncio.to_thread(stack.rows, query)
-        except OperationalError:
-            return None  # ClickHouse is on its way back
-        return rows if len(rows) >= len(ids) else None
-
-    rows = await until(stored, "a usage row for each request", 40)
-    assert len(rows) == len(ids)
-    for row in rows:
-        one = ids[str(row["request_id"])]
+    rows = await usage_rows(stack, ids)
+    for request_id, row in rows.items():
+        one = ids[request_id]
         assert row["status"] == ("completed" if one.done else "failed")
         assert int(str(row["completion_tokens"])) == len(one.tokens), one.request_id
     generated = await stack.all_seen()
     for one in outcomes:
         times = generated[one.spec.id].requests
         assert times == 1 or again, f"{one.request_id} was generated {times} times"
-
-    async def settled() -> bool:
-        return (await asyncio.to_thread(stack.ledger))["in_flight"] == 0
-
-    await until(settled, "nothing is in flight", 40)
+    await settled(stack)

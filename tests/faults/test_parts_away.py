@@ -17,6 +17,7 @@ from schemas.events import Status, Terminal
 from schemas.ids import PublicId
 from tests.faults.conftest import Note
 from tests.faults.test_kills import accounted, told_exactly
+from tests.support.accounts import settled
 from tests.support.callers import Crowd
 from tests.support.chat import Api, body, fresh
 from tests.support.stacks import Stack
@@ -188,11 +189,7 @@ async def test_the_whole_stack_is_killed_and_started_again(victim: Stack, seed: 
 
             await until(ended, f"{request_id} has its end", 60)
 
-    async def settled() -> dict[str, object] | None:
-        found = await asyncio.to_thread(victim.ledger)
-        return found if found["in_flight"] == 0 else None
-
-    after = await until(settled, "nothing is in flight", 60)
+    after = await settled(victim, 60)
     assert after["accepted"] >= before["accepted"] + len(begun)  # type: ignore[operator]
     note(part="whole stack", recovered_after_s=recovered_s, begun=len(begun))
 

@@ -11,6 +11,7 @@ import pytest
 
 from bench.gateway.spec import Spec
 from tests.faults.conftest import Note
+from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, Seen, body, fresh
 from tests.support.stacks import Stack, running_stack
 from tests.support.waiting import until
@@ -27,19 +28,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterato
 
 
 async def usage(stack: Stack, seen: list[Seen]) -> dict[str, tuple[str, int, int]]:
-    """Worker, attempt and completion tokens of each request, by id, once all have their row."""
-    wanted = ", ".join(f"'{one.request_id}'" for one in seen)
-    query = f"SELECT request_id, worker, attempts, completion_tokens FROM usage WHERE request_id IN ({wanted})"  # noqa: S608
-
-    async def stored() -> list[dict[str, object]] | None:
-        rows = await asyncio.to_thread(stack.rows, query)
-        return rows if len(rows) >= len(seen) else None
-
-    rows = await until(stored, "a usage row for each request", 40)
-    assert len(rows) == len(seen)
+    """Worker, attempt and completion tokens of each request, by id."""
+    rows = await usage_rows(stack, [one.request_id for one in seen])
     return {
-        str(row["request_id"]): (str(row["worker"]), int(str(row["attempts"])), int(str(row["completion_tokens"])))
-        for row in rows
+        request_id: (str(row["worker"]), int(str(row["attempts"])), int(str(row["completion_tokens"])))
+        for request_id, row in rows.items()
     }
 
 
@@ -85,11 +78,7 @@ async def test_the_other_worker_takes_over(pair: Stack, how: signal.Signals, not
     assert counts[LEFT, 1] == counts[LEFT, 2] + counts[LOST, 2] == CROWD // 2, counts
     assert counts[LOST, 2] == 0 or how == signal.SIGKILL
     note(part=f"one of two workers {how.name}", taken_over=counts[LEFT, 2], callers=CROWD)
-
-    async def settled() -> bool:
-        return (await asyncio.to_thread(pair.ledger))["in_flight"] == 0
-
-    await until(settled, "nothing is in flight", 40)
+    await settled(pair)
 
 
 async def again(stack: Stack, specs: list[Spec]) -> bool:

@@ -19,12 +19,6 @@ from topics.catalogue import MAX_BODY_BYTES, REQUESTS
 HELLO = [{"role": "user", "content": "hi"}]
 
 
-@pytest.fixture
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack) as made:
-        yield made
-
-
 def refused(answer: httpx.Response, status: int, code: str, *, param: str | None = None) -> dict[str, Any]:
     """The error object, after its shape, status, code and parameter were checked."""
     assert answer.status_code == status, answer.text

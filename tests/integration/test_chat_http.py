@@ -27,12 +27,6 @@ async def client(stack: Stack) -> AsyncIterator[openai.AsyncOpenAI]:
         yield made
 
 
-@pytest.fixture
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack) as made:
-        yield made
-
-
 def asked(spec: Spec) -> list[dict[str, str]]:
     return body(spec)["messages"]  # type: ignore[no-any-return]
 

@@ -6,59 +6,27 @@ import asyncio
 import contextlib
 import signal
 import uuid
-from collections.abc import AsyncIterator
 from decimal import Decimal
 
 import msgspec
 import pytest
 from aiokafka.errors import ProducerFenced
-from redis.asyncio import Redis
 
 from headrace.api_keys import admin_record, sha256
 from headrace.apply import apply_config
 from headrace.config import default_config, parse_config
 from headrace.control_client import CommandsRefused, ControlClient, command, control_client
 from headrace.control_log import end_offsets, replay_control
-from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.control import writer as writer_module
 from processors.control.decide import ControlState, Write
 from processors.control.writer import TOPICS, Writer
 from schemas.control import Model
-from tests.support.control import ADMIN, Role, app, letters, running_control, until
+from tests.support.control import ADMIN, Role, app, letters, until
 from topics.apply import apply_all
 from topics.catalogue import CONTROL_COMMANDS
 from topics.clients import Producer
-
-
-@pytest.fixture(scope="module")
-async def control(infra: Settings) -> AsyncIterator[Role]:
-    """A running control role with the default configuration in force."""
-    async with running_control(infra) as role:
-        yield role
-
-
-@pytest.fixture
-async def client(infra: Settings, control: Role) -> AsyncIterator[ControlClient]:
-    async with control_client(infra, timeout=20) as made:
-        yield made
-
-
-@pytest.fixture
-async def redis(infra: Settings) -> AsyncIterator[Redis]:
-    made = connect(infra.redis_url)
-    yield made
-    await made.aclose()
-
-
-@pytest.fixture
-async def registry(control: Role, redis: Redis) -> AsyncIterator[Registry]:
-    made = Registry(redis)
-    await made.start()
-    await made.wait_complete(20)
-    yield made
-    await made.stop()
 
 
 async def test_what_is_applied_is_in_force_and_a_second_apply_writes_nothing(

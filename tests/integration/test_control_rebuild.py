@@ -6,54 +6,22 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import AsyncIterator
 
 import msgspec
-import pytest
 from redis.asyncio import Redis
 
 from headrace.api_keys import sha256
-from headrace.control_client import ControlClient, command, control_client
+from headrace.control_client import ControlClient, command
 from headrace.control_log import replay_control
 from headrace.rebuild import rebuild
-from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.control.decide import ControlState
 from processors.control.writer import TOPICS
-from tests.support.control import ADMIN, Role, app, running_control, until
+from tests.support.control import ADMIN, Role, app, until
 from topics.catalogue import REQUESTS
 from topics.clients import Producer
 from topics.envelope import Envelope
-
-
-@pytest.fixture(scope="module")
-async def control(infra: Settings) -> AsyncIterator[Role]:
-    """A running control role with the default configuration in force."""
-    async with running_control(infra) as role:
-        yield role
-
-
-@pytest.fixture
-async def client(infra: Settings, control: Role) -> AsyncIterator[ControlClient]:
-    async with control_client(infra, timeout=20) as made:
-        yield made
-
-
-@pytest.fixture
-async def redis(infra: Settings) -> AsyncIterator[Redis]:
-    made = connect(infra.redis_url)
-    yield made
-    await made.aclose()
-
-
-@pytest.fixture
-async def registry(control: Role, redis: Redis) -> AsyncIterator[Registry]:
-    made = Registry(redis)
-    await made.start()
-    await made.wait_complete(20)
-    yield made
-    await made.stop()
 
 
 async def test_a_flushed_redis_heals_by_itself_with_the_same_answers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import uuid
@@ -14,6 +13,7 @@ from bench.gateway.spec import Spec
 from headrace import letters
 from headrace.letters import Letter
 from schemas.ids import new_request_id
+from tests.support.accounts import settled
 from tests.support.chat import Api, body, fresh
 from tests.support.stacks import Stack
 from tests.support.waiting import until
@@ -23,12 +23,6 @@ from topics.envelope import Envelope
 
 GARBAGE = b"\x00\xff not what anybody expects {"
 CONSUMED = [REQUESTS, ROUTED, LOG, USAGE, EVENTS, CONTROL_COMMANDS, worker_commands("w1")]
-
-
-@pytest.fixture
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack) as made:
-        yield made
 
 
 @pytest.fixture
@@ -123,9 +117,6 @@ async def test_the_commands_list_show_and_replay(stack: Stack, api: Api, produce
 
     assert (await until(again, "the letter of the replayed request", 20)).about.times_seen == 2
 
-    async def settled() -> bool:
-        return (await asyncio.to_thread(stack.ledger))["in_flight"] == 0
-
-    await until(settled, "both have ended", 20)
+    await settled(stack)
     for one in (request_id, new_id[0]):
         assert (await api.get(f"/v1/requests/{one}")).json()["status"] == "rejected"

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
 from bench.gateway.spec import Spec
+from tests.support.accounts import usage_rows
 from tests.support.chat import Api, body, fresh
 from tests.support.stacks import Stack
 from tests.support.waiting import until
 
 LONG = 600
 """Tokens of a stream that nobody waits for the end of."""
-
-
-@pytest.fixture
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack) as made:
-        yield made
-
-
-@pytest.fixture
-async def other(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack, ingress=1) as made:
-        yield made
 
 
 def long(name: str) -> Spec:
@@ -46,8 +34,7 @@ async def cancelled(stack: Stack, api: Api, spec: Spec, request_id: str) -> None
     """The terminal and the usage say `cancelled`, with the tokens that were generated."""
     generated = (await stack.seen(spec.id)).tokens
     assert 0 < generated < LONG
-    query = f"SELECT status, completion_tokens, prompt_tokens, cost FROM usage WHERE request_id = '{request_id}'"  # noqa: S608
-    [row] = await until(lambda: asyncio.to_thread(stack.rows, query), "the usage row", 20)
+    row = (await usage_rows(stack, [request_id]))[request_id]
     assert row["status"] == "cancelled"
     # The last tokens may be on their way from the upstream when the connection is closed.
     assert generated - 2 <= int(str(row["completion_tokens"])) <= generated

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from decimal import Decimal
 
 import pytest
 from redis import asyncio as redis
 
 from bench.gateway.spec import Spec
+from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, Seen, body, fresh
 from tests.support.stacks import Stack
 from tests.support.waiting import until
@@ -22,12 +22,6 @@ REQUESTS = "SELECT status, count() AS n, uniqExact(request_id) AS ids FROM reque
 EVENTS = "SELECT stage, count() AS n FROM request_events GROUP BY stage ORDER BY stage"
 
 
-@pytest.fixture
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack) as made:
-        yield made
-
-
 async def traffic(api: Api) -> list[Seen]:
     """Requests of every end."""
     specs = [Spec(tokens=4, interval_ms=1), Spec(tokens=9, interval_ms=1, die_after=2), Spec(status=400)]
@@ -38,23 +32,10 @@ async def traffic(api: Api) -> list[Seen]:
     return seen
 
 
-async def stored(stack: Stack, seen: list[Seen]) -> None:
-    """Wait until every one of these requests has its usage row."""
-    ids = ", ".join(f"'{one.request_id}'" for one in seen)
-    query = f"SELECT request_id FROM usage WHERE request_id IN ({ids})"  # noqa: S608
-
-    async def all_there() -> bool:
-        return len(await asyncio.to_thread(stack.rows, query)) == len(seen)
-
-    await until(all_there, "a usage row of each", 30)
-
-
 async def test_the_ledger_counts_each_request_once(stack: Stack, api: Api) -> None:
-    await until(lambda: _settled(stack), "nothing is in flight", 30)
-    before = stack.ledger()
+    before = await settled(stack)
     seen = await traffic(api)
-    await until(lambda: _settled(stack), "nothing is in flight", 30)
-    after = stack.ledger()
+    after = await settled(stack)
     assert after["adds_up"] is True and after["problems"] == []
     for field in ("records", "accepted", "usage_rows"):
         assert after[field] == before[field] + len(seen), field  # type: ignore[operator]
@@ -69,13 +50,9 @@ async def test_the_ledger_counts_each_request_once(stack: Stack, api: Api) -> No
     assert text.returncode == 0 and "adds up" in text.stdout
 
 
-async def _settled(stack: Stack) -> bool:
-    return (await asyncio.to_thread(stack.ledger))["in_flight"] == 0
-
-
 async def test_money_is_exact(stack: Stack, api: Api) -> None:
     seen = await api.stream(body(Spec(tokens=7, interval_ms=1, prompt_tokens=3)))
-    await stored(stack, [seen])
+    await usage_rows(stack, [seen.request_id])
     query = f"SELECT toString(cost) AS cost, price_version FROM usage WHERE request_id = '{seen.request_id}'"  # noqa: S608
     [row] = stack.rows(query)
     assert Decimal(str(row["cost"])) == (3 * Decimal("1.00") + 7 * Decimal("10.00")) / 1_000_000
@@ -84,7 +61,7 @@ async def test_money_is_exact(stack: Stack, api: Api) -> None:
 
 @pytest.mark.parametrize("from_scratch", [False, True])
 async def test_clickhouse_is_rebuilt_to_the_same_answers(stack: Stack, api: Api, from_scratch: bool) -> None:
-    await stored(stack, await traffic(api))
+    await usage_rows(stack, [seen.request_id for seen in await traffic(api)])
 
     async def steady() -> list[object] | None:
         """The answers, once two looks in a row are the same: events are still on their way after the end."""
@@ -96,7 +73,7 @@ async def test_clickhouse_is_rebuilt_to_the_same_answers(stack: Stack, api: Api,
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert await until(steady, "the answers are steady", 30) == before
     later = await api.stream(body(Spec(tokens=2, interval_ms=1)))
-    await stored(stack, [later])
+    await usage_rows(stack, [later.request_id])
 
 
 async def test_redis_is_rebuilt_to_the_same_answers(stack: Stack, api: Api) -> None:

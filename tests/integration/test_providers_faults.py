@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -14,12 +13,6 @@ from tests.support.waiting import until
 
 TRIES = 3
 """How often the pool asks before it gives up."""
-
-
-@pytest.fixture
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack) as made:
-        yield made
 
 
 async def failed(api: Api, seen: Seen, *, tokens: int) -> None:

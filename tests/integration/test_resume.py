@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
 
 import httpx
 import msgspec
@@ -19,25 +18,13 @@ from headrace.control_client import command, control_client
 from ingress.idempotency import PENDING_S, PREFIX, Reservation
 from schemas.control import App, Key
 from schemas.ids import idempotent_request_id
+from tests.support.accounts import usage_rows
 from tests.support.chat import Api, body, numbers
 from tests.support.kafka import end_offsets, records
 from tests.support.stacks import Stack
 from tests.support.waiting import until
 from topics.catalogue import REQUESTS
 from topics.clients import Producer
-
-
-@pytest.fixture
-async def api(stack: Stack) -> AsyncIterator[Api]:
-    async with Api(stack) as made:
-        yield made
-
-
-@pytest.fixture
-async def other(stack: Stack) -> AsyncIterator[Api]:
-    """The other ingress."""
-    async with Api(stack, ingress=1) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +45,7 @@ def named(tokens: int = 60, interval_ms: float = 40) -> tuple[str, Spec]:
 
 async def one_usage(stack: Stack, request_id: str) -> dict[str, object]:
     """The one usage row of a request."""
-
-    async def rows() -> list[dict[str, object]]:
-        return await asyncio.to_thread(
-            stack.rows,
-            f"SELECT status, completion_tokens FROM usage WHERE request_id = '{request_id}'",  # noqa: S608
-        )
-
-    found = await until(rows, "the usage row", 20)
-    assert len(found) == 1
-    return found[0]
+    return (await usage_rows(stack, [request_id]))[request_id]
 
 
 @pytest.mark.parametrize("by_query", [False, True])

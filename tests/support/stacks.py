@@ -18,7 +18,7 @@ import httpx
 import msgspec
 import psutil
 
-from bench.gateway.stack import upstream
+from bench.gateway.stack import up_command, upstream
 from bench.gateway.tally import Entry, Stats
 from deploy.embedded.ports import is_free
 from deploy.embedded.stack import Endpoints, discover
@@ -157,7 +157,7 @@ class Stack:
         config.write_text(
             CONFIG.format(upstream=upstream_url, closed=_closed_port()) + (SMOLLM2 if small_model else "")
         )
-        self._command = [HEADRACE, "up", "--config", str(config), "--data-dir", str(data_dir), "--port", "0"]
+        self._command = up_command(config, data_dir)
         self._command += [f"--replicas={role}={count}" for role, count in replicas.items()]
         self.start()
 
