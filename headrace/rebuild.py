@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable, Sequence
 
 import structlog
 from redis.asyncio import Redis
@@ -15,13 +16,19 @@ from headrace.redis_client import connect
 from headrace.settings import Settings
 from topics.catalogue import DAY_MS, REQUESTS
 from topics.clients import LogReader
-from topics.envelope import EnvelopeError, parse
+from topics.envelope import IDEMPOTENCY_HEADER, EnvelopeError, parse
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
 IDEMPOTENCY_TTL_MS = DAY_MS
 TRIES = 100
 RETRY_S = 0.1
+FETCH_BYTES = 1024 * 1024
+"""Of each partition at a time: bodies of a whole day pass by, and few of them should be here at once."""
+
+Progress = Callable[[int, int], None]
+"""Called with (requests read, requests to read)."""
 
 
 def idempotency_key(tenant: str, request_id: str) -> str:
@@ -29,7 +36,7 @@ def idempotency_key(tenant: str, request_id: str) -> str:
     return f"hr:idem:{tenant}:{request_id}"
 
 
-async def rebuild(settings: Settings) -> dict[str, int]:
+async def rebuild(settings: Settings, *, progress: Progress | None = None) -> dict[str, int]:
     """Fill a new generation from Kafka and put it into force; counts of what was restored, by kind.
 
     Safe beside a running control processor: the new generation is put into force only when it holds at least what the
@@ -41,7 +48,7 @@ async def rebuild(settings: Settings) -> dict[str, int]:
         async with CommittedReader(settings.kafka, f"rebuild-{settings.instance}") as reader:
             projection, replay = Projection(redis), Replay(reader)
             await replay.read_on()
-            remembered = await _restore_idempotency(settings, redis)
+            remembered = await _restore_idempotency(settings, redis, progress)
             for _ in range(TRIES):
                 if await _put_into_force(settings, projection, replay):
                     break
@@ -77,22 +84,37 @@ async def _made_anew(settings: Settings, projection: Projection) -> bool:
     return any(held.get(topic, 0) > end for topic, end in ends.items())
 
 
-async def _restore_idempotency(settings: Settings, redis: Redis) -> int:
+async def _restore_idempotency(settings: Settings, redis: Redis, progress: Progress | None) -> int:
     """Remember again the idempotent requests of the last 24 h; what Redis still knows is left as it is."""
-    count = 0
+    count = done = 0
     seconds, micros = await redis.time()
     now_ms = seconds * 1000 + micros // 1000
-    async with LogReader(settings.kafka, f"rebuild-idempotency-{settings.instance}", max_wait_ms=100) as reader:
+    async with LogReader(
+        settings.kafka, f"rebuild-idempotency-{settings.instance}", max_wait_ms=100, fetch_bytes=FETCH_BYTES
+    ) as reader:
         assignment = reader.assign([REQUESTS])
         await reader.seek_to_time(assignment, now_ms - IDEMPOTENCY_TTL_MS)
-        async for record in reader.read_to_end(assignment):
+        ends = await reader.consumer.end_offsets(assignment)
+        total = sum([ends[at] - await reader.consumer.position(at) for at in assignment])
+        async for records in reader.batches_to_end(assignment):
+            count += await _remember(redis, records, now_ms)
+            done += len(records)
+            if progress is not None:
+                progress(done, max(done, total))
+    return count
+
+
+async def _remember(redis: Redis, records: Sequence[Record], now_ms: int) -> int:
+    """Put the reservations of idempotent requests into Redis; how many it did not know. Bodies are not looked at."""
+    async with redis.pipeline(transaction=False) as pipe:
+        for record in records:
+            left_ms = record.timestamp + IDEMPOTENCY_TTL_MS - now_ms
+            if left_ms <= 0 or not any(name == IDEMPOTENCY_HEADER for name, _ in record.headers):
+                continue
             try:
                 envelope = parse(record.headers)
             except EnvelopeError:
                 continue  # The router counts and buries it.
-            left_ms = record.timestamp + IDEMPOTENCY_TTL_MS - now_ms
-            if envelope.idempotency_key is None or left_ms <= 0:
-                continue
             value = {
                 "digest": envelope.digest,
                 "reply_partition": envelope.reply_partition,
@@ -100,5 +122,5 @@ async def _restore_idempotency(settings: Settings, redis: Redis) -> int:
                 "state": "accepted",
             }
             key = idempotency_key(envelope.tenant, envelope.request_id)
-            count += bool(await redis.set(key, json.dumps(value), nx=True, px=left_ms))
-    return count
+            pipe.set(key, json.dumps(value), nx=True, px=left_ms)
+        return sum(bool(made) for made in await pipe.execute())

@@ -21,10 +21,9 @@ from redis.exceptions import RedisError
 from headrace.cancellation import end
 from headrace.errors import Unavailable
 from headrace.projection import CHANGES, LUA_STATE, Projection, text
-from headrace.rebuild import rebuild
 from schemas.control import App, Key, Model, Provider
 
-__all__ = ["Projection", "Registry", "Snapshot", "rebuild"]
+__all__ = ["Projection", "Registry", "Snapshot"]
 
 log = structlog.get_logger(__name__)
 

@@ -25,6 +25,8 @@ LATER_S = 0.1
 """How long a record that nobody waits for may be kept for company."""
 
 
+MAX_BATCH = 500
+"""Records that a reader of a whole log holds decoded, at most."""
 CLOSE_S = 3.0
 
 
@@ -160,7 +162,12 @@ async def admin_client(cluster: Cluster, client_id: str) -> AsyncIterator[AIOKaf
 
 
 def make_consumer(
-    cluster: Cluster, client_id: str, *, max_wait_ms: int = 1000, committed: bool = False
+    cluster: Cluster,
+    client_id: str,
+    *,
+    max_wait_ms: int = 1000,
+    committed: bool = False,
+    fetch_bytes: int = MAX_MESSAGE_BYTES,
 ) -> AIOKafkaConsumer:
     """A consumer without a group, to be assigned by hand; `committed` passes over what transactions took back."""
     return AIOKafkaConsumer(
@@ -170,7 +177,7 @@ def make_consumer(
         enable_auto_commit=False,
         auto_offset_reset="earliest",
         fetch_max_wait_ms=max_wait_ms,
-        max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
+        max_partition_fetch_bytes=fetch_bytes,
         isolation_level="read_committed" if committed else "read_uncommitted",
     )
 
@@ -178,10 +185,23 @@ def make_consumer(
 class LogReader:
     """Reads topics from chosen positions, without a group: for tails, warm-ups, look-ups and rebuilds."""
 
-    def __init__(self, cluster: Cluster, client_id: str, *, max_wait_ms: int = 100, committed: bool = False) -> None:
-        """`max_wait_ms` is how long an idle fetch stays with the brokers; a new assignment waits for it to return."""
+    def __init__(
+        self,
+        cluster: Cluster,
+        client_id: str,
+        *,
+        max_wait_ms: int = 100,
+        committed: bool = False,
+        fetch_bytes: int = MAX_MESSAGE_BYTES,
+    ) -> None:
+        """`max_wait_ms` is how long an idle fetch stays with the brokers; a new assignment waits for it to return.
+
+        `fetch_bytes` bounds what is fetched of a partition at a time; a larger record comes whole all the same.
+        """
         self._cluster = cluster
-        self.consumer = make_consumer(cluster, client_id, max_wait_ms=max_wait_ms, committed=committed)
+        self.consumer = make_consumer(
+            cluster, client_id, max_wait_ms=max_wait_ms, committed=committed, fetch_bytes=fetch_bytes
+        )
 
     async def start(self) -> None:
         """Connect. Raises as `start_client` does."""
@@ -231,17 +251,21 @@ class LogReader:
 
     async def read_to_end(self, assignment: Sequence[TopicPartition]) -> AsyncIterator[Record]:
         """Every record from the current positions to the ends as they are now; then stop."""
+        async for records in self.batches_to_end(assignment):
+            for record in records:
+                yield record
+
+    async def batches_to_end(self, assignment: Sequence[TopicPartition]) -> AsyncIterator[list[Record]]:
+        """The same as lists of at most `MAX_BATCH` records of one partition, for those who write them somewhere."""
         ends = await self.consumer.end_offsets(list(assignment))
         open_ = set()
         for partition in assignment:
             if await self.consumer.position(partition) < ends[partition]:
                 open_.add(partition)
         while open_:
-            batches = await self.consumer.getmany(*open_, timeout_ms=1000)
+            batches = await self.consumer.getmany(*open_, timeout_ms=1000, max_records=MAX_BATCH)
             for partition, records in batches.items():
-                for record in records:
-                    if record.offset < ends[partition]:
-                        yield record
+                yield [record for record in records if record.offset < ends[partition]]
             for partition in list(open_):
                 if await self.consumer.position(partition) >= ends[partition]:
                     open_.discard(partition)

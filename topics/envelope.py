@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 import msgspec
 
 REQUEST_TYPE = "headrace.inference.request.v1"
+IDEMPOTENCY_HEADER = "hr-idempotency-key"
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -63,7 +64,7 @@ class Envelope(msgspec.Struct, frozen=True):
         if self.resume_s:
             pairs.append(("hr-resume", str(self.resume_s)))
         for name, value in (
-            ("hr-idempotency-key", self.idempotency_key),
+            (IDEMPOTENCY_HEADER, self.idempotency_key),
             ("traceparent", self.traceparent),
             ("hr-replay-of", self.replay_of),
         ):
@@ -102,7 +103,7 @@ def parse(headers: Headers) -> Envelope:
             digest=_required(found, "hr-digest"),
             deadline_s=float(_required(found, "hr-deadline")),
             resume_s=int(found.get("hr-resume", "0")),
-            idempotency_key=found.get("hr-idempotency-key"),
+            idempotency_key=found.get(IDEMPOTENCY_HEADER),
             traceparent=found.get("traceparent"),
             replay_of=found.get("hr-replay-of"),
         )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 import typer
@@ -14,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from clickhouse import rebuild as clickhouse_rebuild
 from clickhouse.migrate import migrate as run_migrations
 from clickhouse.queries import BadParameter
-from headrace import ledger_snapshot, registry, sql
+from headrace import ledger_snapshot, sql
+from headrace import rebuild as redis_rebuild
 from headrace.commands import dead_letters
 from headrace.commands.failures import plain_failures, stop
 from headrace.ledger import Ledger
@@ -24,6 +26,8 @@ from headrace.settings import Settings
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
 ]
+
+T = TypeVar("T")
 
 
 class Part(StrEnum):
@@ -92,13 +96,24 @@ def rebuild(
         if part is Part.REDIS:
             if from_scratch:
                 raise stop("--from-scratch is for clickhouse: Redis is always rebuilt from scratch")
-            restored = asyncio.run(registry.rebuild(conf))
+            restored = _with_progress(lambda show: redis_rebuild.rebuild(conf, progress=show))
             typer.echo("rebuilt redis: " + ", ".join(f"{count} {kind}" for kind, count in restored.items()))
         else:
             _rebuild_clickhouse(conf, from_scratch)
 
 
 def _rebuild_clickhouse(conf: Settings, from_scratch: bool) -> None:
+    report = _with_progress(lambda show: clickhouse_rebuild.rebuild(conf, from_scratch=from_scratch, progress=show))
+    typer.echo(f"rebuilt clickhouse from {report.records} records")
+    for view in sorted({*report.rows, *report.carried}):
+        carried = f", {report.carried[view]} older than Kafka's retention kept" if report.carried[view] else ""
+        typer.echo(f"  {view}: {report.rows[view]} rows{carried}")
+    if report.refused:
+        typer.echo(f"  {report.refused} records can be no row; see `headrace dead-letters list`")
+
+
+def _with_progress(rebuilding: Callable[[Callable[[int, int], None]], Coroutine[None, None, T]]) -> T:
+    """Run a rebuild behind a bar that shows how much of Kafka it has read."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, transient=True) as progress:
         task = progress.add_task("reading Kafka", total=None)
@@ -106,13 +121,7 @@ def _rebuild_clickhouse(conf: Settings, from_scratch: bool) -> None:
         def show(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        report = asyncio.run(clickhouse_rebuild.rebuild(conf, from_scratch=from_scratch, progress=show))
-    typer.echo(f"rebuilt clickhouse from {report.records} records")
-    for view in sorted({*report.rows, *report.carried}):
-        carried = f", {report.carried[view]} older than Kafka's retention kept" if report.carried[view] else ""
-        typer.echo(f"  {view}: {report.rows[view]} rows{carried}")
-    if report.refused:
-        typer.echo(f"  {report.refused} records can be no row; see `headrace dead-letters list`")
+        return asyncio.run(rebuilding(show))
 
 
 def ledger(

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from headrace.api_keys import sha256
 from headrace.control_client import ControlClient, command
 from headrace.control_log import replay_control
-from headrace.rebuild import rebuild
+from headrace.rebuild import FETCH_BYTES, rebuild
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.control.decide import ControlState
@@ -73,7 +73,9 @@ async def test_a_rebuild_remembers_idempotent_requests_of_the_last_day(
         for envelope in (keyed, plain):
             await producer.send(REQUESTS.name, body, key=envelope.request_id, headers=envelope.headers())
         await producer.send(REQUESTS.name, b"no envelope")
-    assert (await rebuild(infra))["idempotency"] >= 1
+    told: list[tuple[int, int]] = []
+    assert (await rebuild(infra, progress=lambda done, total: told.append((done, total))))["idempotency"] >= 1
+    assert told == sorted(told) and told[-1][0] == told[-1][1] >= 3
     name = f"hr:idem:{tenant}:{keyed.request_id}"
     assert [key.decode() for key in await redis.keys(f"hr:idem:{tenant}:*")] == [name]
     held = msgspec.json.decode(await redis.get(name))
@@ -82,3 +84,18 @@ async def test_a_rebuild_remembers_idempotent_requests_of_the_last_day(
     await redis.set(name, b"newer")
     await rebuild(infra)
     assert await redis.get(name) == b"newer"
+
+
+async def test_a_rebuild_gets_past_bodies_that_are_larger_than_a_fetch(
+    infra: Settings, control: Role, redis: Redis
+) -> None:
+    tenant, now = f"t-{uuid.uuid4().hex[:8]}", time.time_ns() // 1_000_000
+    body = b"x" * (3 * FETCH_BYTES)
+    first = Envelope(uuid.uuid4().hex, "/test", now, tenant, "k", 3, "d" * 64, 60.0, 30, "order-1")
+    sent = [first, *(msgspec.structs.replace(first, request_id=uuid.uuid4().hex) for _ in range(8))]
+    async with Producer(infra.kafka, "test") as producer:
+        for envelope in sent:
+            await producer.send(REQUESTS.name, body, key=envelope.request_id, headers=envelope.headers())
+    await rebuild(infra)
+    held = {key.decode().rpartition(":")[2] for key in await redis.keys(f"hr:idem:{tenant}:*")}
+    assert held == {envelope.request_id for envelope in sent}
