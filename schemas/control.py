@@ -70,6 +70,9 @@ class App(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     name: str
     enabled: bool = True
+    weight: float = 1.0
+    """Its share where tenants wait for the same model: of two that always wait, one of weight 2 is served twice as
+    many tokens as one of weight 1."""
 
 
 class Key(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -293,7 +293,10 @@ class LeaseEvent(msgspec.Struct, omit_defaults=True):
     """Offset of the lease's `granted` record; -1 in that record itself, whose offset is the epoch."""
     boot: str = ""
     bytes: int = 0
+    """Memory that it holds on its device; 0 where none is counted."""
     reason: str = ""
+    device: str = ""
+    """Empty where the model takes none of the worker's counted memory."""
 
 
 class RunningAttempt(msgspec.Struct, array_like=True):
@@ -360,6 +363,42 @@ class WorkerStatus(msgspec.Struct, omit_defaults=True):
     """Of the models that would take memory of its devices: estimated, or measured when they were loaded."""
 
 
+class ModelState(msgspec.Struct, omit_defaults=True):
+    """How one model of a pool stands."""
+
+    id: str
+    queued: int = 0
+    running: int = 0
+    estimated_wait_ms: int = 0
+    """Expected wait of a request that arrives now."""
+    state: str = "unloaded"
+    """`active` where some worker holds it, else `loading`, `draining`, `failed` or `unloaded`."""
+    error: str = ""
+    """Why it could not be loaded, while it is `failed`."""
+    used_ms: int = 0
+    """When a request was last given to it or done on it (Unix ms); 0 when nobody holds it."""
+
+
+class ReleasedLease(msgspec.Struct, frozen=True):
+    """A lease whose bytes are free by an operator's word, while its worker still shows them as held."""
+
+    worker: str
+    model: str
+    epoch: int
+
+
+class PoolWishes(msgspec.Struct, omit_defaults=True):
+    """What operators asked of a pool, as the next scheduler must know it to obey each wish once."""
+
+    next_offset: int = 0
+    """Wishes of `pool.commands` before this offset are obeyed."""
+    load: dict[str, int] = {}
+    """Models that are to be loaded -> Unix ms after which that is given up."""
+    unloaded: list[str] = []
+    """Models that stay out of memory until somebody asks for them, also if they are preloaded."""
+    released: list[ReleasedLease] = []
+
+
 class PoolStatus(msgspec.Struct, omit_defaults=True):
     """What an ingress needs to know of a pool before it accepts (`pool.status`, key: pool)."""
 
@@ -376,6 +415,33 @@ class PoolStatus(msgspec.Struct, omit_defaults=True):
     running: int = 0
     estimated_wait_ms: int = 0
     workers: list[str] = []
+    models: list[ModelState] = []
+    wishes: PoolWishes = msgspec.field(default_factory=PoolWishes)
+
+
+class PoolCommandKind(StrEnum):
+    """What an operator may ask of a pool's scheduler."""
+
+    LOAD = "load"
+    """Bring the model into memory now; idle models give way."""
+    UNLOAD = "unload"
+    """Let the model's requests end and give its memory back; it stays out until somebody asks for it."""
+    RELEASE = "release"
+    """The quarantined bytes of (worker, model) are free, by the operator's word."""
+
+
+class PoolCommand(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An operator's wish to the scheduler of a pool (`pool.commands`, key: pool); obeyed once, within a minute."""
+
+    id: str
+    pool: str
+    kind: PoolCommandKind
+    model: str
+    worker: str = ""
+    """Of a release; the others leave the choice to the scheduler."""
+    actor: str = ""
+    reason: str = ""
+    at_ms: int = 0
 
 
 class PoolTerm(msgspec.Struct):

@@ -159,6 +159,15 @@ POOL_STATUS = Topic(
     cleanup="compact,delete",
     retention_ms=HOUR_MS,
 )
+POOL_COMMANDS = Topic(
+    "pool.commands",
+    1,
+    "pool",
+    "Wishes of operators to a pool's scheduler: load, unload, release; one partition, so offsets say what was obeyed.",
+    schema=events.PoolCommand,
+    retention_ms=HOUR_MS,
+    append_time=True,
+)
 WORKER_STATUS = Topic(
     "worker.status",
     1,
@@ -206,7 +215,7 @@ DEAD_LETTERS = Topic(
 
 CATALOGUE: tuple[Topic, ...] = (
     REQUESTS, ROUTED, REPLIES, LOG, EVENTS, CANCELLATIONS, USAGE,
-    POOL_TERMS, LEASES, LIVE, POOL_STATUS, WORKER_STATUS,
+    POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS,
     CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_KEYS, CONTROL_PRICES,
     DEAD_LETTERS,
 )  # fmt: skip

@@ -64,11 +64,56 @@ class ModelsChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightsChanged:
+    """Shares of tenants; 1 for those that are not named."""
+
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAsked:
+    """An operator wants the model in memory; given up after `until_ms` (Unix ms)."""
+
+    model: str
+    until_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnloadAsked:
+    """An operator wants the model's memory back."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseAsked:
+    """An operator says that the quarantined bytes of a model on a worker are free."""
+
+    worker: str
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
 
-Event = Arrived | Restored | CancelAsked | Finished | AttemptEmpty | WorkerSeen | LeaseGranted | ModelsChanged | Tick
+Wish = LoadAsked | UnloadAsked | ReleaseAsked
+Event = (
+    Arrived
+    | Restored
+    | CancelAsked
+    | Finished
+    | AttemptEmpty
+    | WorkerSeen
+    | LeaseGranted
+    | ModelsChanged
+    | WeightsChanged
+    | Wish
+    | Tick
+)
 
 
 # --- actions ------------------------------------------------------------------------------------------------------
@@ -89,6 +134,8 @@ class Grant:
     worker: str
     boot: str
     model: str
+    device: str = ""
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +166,7 @@ class LeaseMoved:
     state: str
     bytes: int = 0
     reason: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True, slots=True)

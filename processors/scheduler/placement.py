@@ -39,7 +39,7 @@ class _Wish(NamedTuple):
     waited_ms: int
     """How long its oldest request has waited."""
     may_evict: bool
-    """Whether somebody waits for it; a model that is only to be there at hand takes free memory."""
+    """Whether somebody waits for it or asked for it; one that is only to be there at hand takes free memory."""
     batch_only: bool
 
 
@@ -52,7 +52,7 @@ def move(lease: Lease, state: LeaseState, now_ms: int, *, reason: str = "") -> l
     if lease.epoch is None or state is LeaseState.REQUESTED:
         return []
     shown = "free" if state is LeaseState.FAILED else str(state)
-    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, shown, lease.bytes, reason)]
+    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, shown, lease.bytes, reason, lease.device)]
 
 
 def drain(lease: Lease, now_ms: int, reason: str) -> list[Action]:
@@ -73,7 +73,7 @@ def freed(pool: Pool, lease: Lease) -> list[Action]:
     del pool.leases[lease.worker, lease.model]
     if lease.epoch is None:
         return []
-    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, "free", lease.bytes)]
+    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, "free", lease.bytes, device=lease.device)]
 
 
 def time_out(pool: Pool, now_ms: int) -> list[Action]:
@@ -125,7 +125,7 @@ def place(pool: Pool, now_ms: int) -> list[Action]:
     planner = _Planner(pool, now_ms)
     planner.relieve()
     for model in pool.models.values():
-        if model.preload or model.pinned or pool.queues.get(model.id):
+        if _at_hand(pool, model) or pool.queues.get(model.id):
             planner.spread(model)
     for wish in sorted(_wishes(pool, now_ms), key=lambda w: (not w.may_evict, w.batch_only, -w.waited_ms, w.model.id)):
         planner.grant(wish)
@@ -139,12 +139,18 @@ def _wishes(pool: Pool, now_ms: int) -> Iterator[_Wish]:
     coming = {lease.model for lease in pool.leases.values() if _will_serve(pool, lease)}
     for model in pool.models.values():
         queue = pool.queues.get(model.id)
-        if model.id in coming or not model.bytes or not (queue or model.preload or model.pinned):
+        if model.id in coming or not model.bytes or not (queue or _at_hand(pool, model)):
             continue
         pressing = queue.oldest(batch=False) if queue else None
         oldest = pressing or (queue.oldest() if queue else None)
         waited = now_ms - oldest.waiting_ms if oldest is not None else 0
-        yield _Wish(model, waited, oldest is not None, pressing is None)
+        may_evict = oldest is not None or model.id in pool.wanted
+        yield _Wish(model, waited, may_evict, pressing is None)
+
+
+def _at_hand(pool: Pool, model: Model) -> bool:
+    """Whether a model is to be held though nobody waits for it."""
+    return model.pinned or model.id in pool.wanted or (model.preload and model.id not in pool.parked)
 
 
 def _short_of_slots(pool: Pool, model: Model) -> bool:
@@ -254,7 +260,7 @@ class _Planner:
         size = model.bytes if device else 0
         self._pool.leases[worker, model.id] = Lease(worker, boot, model.id, device, size, moved_ms=self._now)
         self._free[self._spot(worker, device)] -= size
-        self.actions.append(Grant(worker, boot, model.id))
+        self.actions.append(Grant(worker, boot, model.id, device, size))
 
     # --- making room ----------------------------------------------------------------------------------------------
 

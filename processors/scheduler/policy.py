@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from processors.scheduler import placement
+from processors.scheduler import placement, wishes
 from processors.scheduler.messages import (
     Action,
     Arrived,
@@ -24,11 +24,15 @@ from processors.scheduler.messages import (
     LeaseGranted,
     LeaseMoved,
     Load,
+    LoadAsked,
     ModelsChanged,
     Recover,
+    ReleaseAsked,
     Restored,
     SendTerm,
     Tick,
+    UnloadAsked,
+    WeightsChanged,
     WorkerSeen,
 )
 from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running, Worker
@@ -65,6 +69,12 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
         case ModelsChanged(models):
             pool.models = models
             return _serve(pool, now_ms)
+        case WeightsChanged(weights):
+            pool.weights.clear()
+            pool.weights.update(weights)
+            return []
+        case LoadAsked() | UnloadAsked() | ReleaseAsked():
+            return wishes.obey(pool, event, now_ms) + _serve(pool, now_ms)
         case Tick():
             return _tick(pool, now_ms)
     assert_never(event)
@@ -225,6 +235,8 @@ def _take_over(pool: Pool, status: WorkerStatus, resident: Resident, now_ms: int
         status.worker, status.boot, resident.model, resident.device, size if resident.device else 0, resident.epoch,
         LeaseState.LOADING, moved_ms=now_ms, used_ms=now_ms,
     )  # fmt: skip
+    if wishes.is_released(pool, lease):
+        lease.bytes = 0
     place = (status.worker, resident.model)
     lease.running = {r.request.id for r in pool.running.values() if (r.worker, r.request.model) == place}
     pool.leases[place] = lease
@@ -248,7 +260,7 @@ def _follow(lease: Lease, resident: Resident, now_ms: int) -> list[Action]:
             lease.bytes = max(lease.bytes, resident.bytes)  # its peak
         case "failed" if lease.state in (LeaseState.LOADING, LeaseState.ACTIVE, LeaseState.DRAINING):
             lease.error = resident.error
-            return placement.move(lease, LeaseState.FAILED, now_ms)
+            return placement.move(lease, LeaseState.FAILED, now_ms, reason=f"not loaded: {resident.error}")
     return []
 
 
@@ -306,7 +318,10 @@ def _lose_boot(pool: Pool, worker: Worker) -> list[Action]:
         if place[0] == name and lease.boot == boot:
             del pool.leases[place]
             if lease.epoch is not None:
-                actions.append(LeaseMoved(name, boot, lease.model, lease.epoch, "lost", lease.bytes))
+                reason = "the worker's process is gone"
+                actions.append(
+                    LeaseMoved(name, boot, lease.model, lease.epoch, "lost", lease.bytes, reason, lease.device)
+                )
     lost = [running for running in pool.running.values() if (running.worker, running.boot) == (name, boot)]
     return actions + [_lose(pool, running) for running in lost]
 
@@ -324,7 +339,9 @@ def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> li
 
 def _serve(pool: Pool, now_ms: int) -> list[Action]:
     """Plan memory, then assign what waits."""
-    actions = [*placement.time_out(pool, now_ms), *placement.place(pool, now_ms)]
+    actions = [
+        *wishes.settle(pool, now_ms), *placement.time_out(pool, now_ms), *placement.place(pool, now_ms),
+    ]  # fmt: skip
     for model_id in pool.queues:
         actions += _dispatch(pool, model_id, now_ms)
     for lease in list(pool.leases.values()):

@@ -166,8 +166,8 @@ class PoolRunner:
                     waits.append(await self._command(worker, command))
                 case messages.Recover():
                     lost.append(action)
-                case messages.Grant(worker, boot, model):
-                    self.spawn(self._grant(worker, boot, model))
+                case messages.Grant():
+                    self.spawn(self._grant(action))
                 case messages.Load():
                     waits.append(await self._load(action))
                 case messages.Unload(worker, boot, model, epoch):
@@ -226,13 +226,14 @@ class PoolRunner:
         error = ErrorInfo(HTTP_STATUS[code], code, message, retry_after_s=2 if HTTP_STATUS[code] == 503 else None)
         await self._outcomes.end(waiting_terminal(routed, request.attempt, status, error))
 
-    async def _grant(self, worker: str, boot: str, model: str) -> None:
+    async def _grant(self, grant: messages.Grant) -> None:
         granted = LeaseEvent(
-            f"{worker}:{model}", self.name, self.state.term, worker, model, "granted", now_ms(), boot=boot
-        )
+            f"{grant.worker}:{grant.model}", self.name, self.state.term, grant.worker, grant.model, "granted", now_ms(),
+            boot=grant.boot, bytes=grant.bytes, device=grant.device,
+        )  # fmt: skip
         key = f"{granted.lease_id}/{granted.term}"
         written = await self._producer.send(LEASES.name, msgspec.json.encode(granted), key=key)
-        await self.feed(messages.LeaseGranted(worker, model, written.offset))
+        await self.feed(messages.LeaseGranted(grant.worker, grant.model, written.offset))
 
     async def _load(self, load: messages.Load) -> Awaitable[object]:
         model = self.state.models[load.model]
@@ -244,7 +245,7 @@ class PoolRunner:
     async def _lease(self, moved: messages.LeaseMoved) -> Awaitable[object]:
         event = LeaseEvent(
             f"{moved.worker}:{moved.model}", self.name, self.state.term, moved.worker, moved.model, moved.state,
-            now_ms(), epoch=moved.epoch, boot=moved.boot, bytes=moved.bytes, reason=moved.reason,
+            now_ms(), epoch=moved.epoch, boot=moved.boot, bytes=moved.bytes, reason=moved.reason, device=moved.device,
         )  # fmt: skip
         return await self._producer.post(LEASES.name, msgspec.json.encode(event), key=f"{event.lease_id}/{event.term}")
 

@@ -164,6 +164,12 @@ class Pool:
     """Moving mean of a request's time on a worker, by model; for estimates of waiting."""
     demand: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Model -> (arrivals of late, halving every minute; when that was)."""
+    wanted: dict[str, int] = field(default_factory=dict)
+    """Models that an operator wants loaded -> when that is given up."""
+    parked: set[str] = field(default_factory=set)
+    """Models that an operator had unloaded, and that nobody has asked for since."""
+    released: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(worker, model) -> epoch of a lease whose bytes are free by an operator's word."""
 
     @property
     def queued(self) -> int:

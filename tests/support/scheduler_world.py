@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from processors.scheduler import messages, policy
+from processors.scheduler import messages, policy, wishes
 from processors.scheduler.messages import Action, Event
 from processors.scheduler.state import LeaseState, Limits, Pool, Request, Running
 from schemas.control import Model
@@ -26,6 +26,8 @@ LIMITS = Limits(max_wait_ms=3_000)
 """So short that models in use have to give way."""
 WORKERS = ("w1", "w2")
 TENANTS = ("a", "b", "c")
+GONE = ("failed", "ghost")
+SHOWN = {"ghost": "unloading"}
 _LATER = {
     LeaseState.DRAINING: {LeaseState.DRAINING, LeaseState.RELEASING, LeaseState.QUARANTINED, LeaseState.FAILED},
     LeaseState.RELEASING: {LeaseState.RELEASING, LeaseState.QUARANTINED},
@@ -50,12 +52,12 @@ class Machine:
     term: int = 0
     fence: int = 0
     resident: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Model -> (epoch, state); all but failed ones take memory."""
+    """Model -> (epoch, state); all take memory but failed ones and ghosts: gone, and shown as if they were not."""
     running: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
     """(request, attempt) -> (model, tokens so far)."""
 
     def used(self) -> int:
-        return sum(MODELS[model].bytes for model, (_, state) in self.resident.items() if state != "failed")
+        return sum(MODELS[model].bytes for model, (_, state) in self.resident.items() if state not in GONE)
 
 
 class Broken(AssertionError):
@@ -221,7 +223,9 @@ class World:
         if not machine.alive or machine.paused:
             return
         resident = [
-            Resident(model, epoch, state, device="d" if MODELS[model].bytes else "")
+            Resident(
+                model, epoch, "unloading" if state == "ghost" else state, device="d" if MODELS[model].bytes else ""
+            )
             for model, (epoch, state) in machine.resident.items()
         ]
         running = [RunningAttempt(key[0], key[1], 0, tokens) for key, (_, tokens) in machine.running.items()]
@@ -248,7 +252,7 @@ class World:
             if held == "loading":
                 self.excuses += state == "failed"
                 machine.resident[model] = (epoch, state)
-            elif held == "unloading":
+            elif held in ("unloading", "ghost"):
                 del machine.resident[model]
 
     def generate(self, name: str) -> None:
@@ -281,6 +285,23 @@ class World:
         else:
             self.finish(request.id, request.attempt + 1, Status.FAILED)
 
+    def wish(self, model: str, kind: str) -> None:
+        """An operator asks for a model to be loaded or unloaded; either may cost a load that serves nobody."""
+        self.excuses += 2 * len(WORKERS)
+        if kind == "load":
+            self.tell(messages.LoadAsked(model, self.now + 10_000))
+        else:
+            self.tell(messages.UnloadAsked(model, "an operator"))
+
+    def release(self, name: str, model: str) -> None:
+        """An operator saw that what is to be unloaded is gone, though the worker does not, and says so."""
+        machine = self.machines[name]
+        if machine.resident.get(model, (0, ""))[1] == "unloading":
+            machine.resident[model] = (machine.resident[model][0], "ghost")
+            self.pass_time(31_000)
+            self.heartbeat(name)
+            self.tell(messages.ReleaseAsked(name, model, "an operator"))
+
     def pass_time(self, ms: int) -> None:
         self.now += ms
         self.tell(messages.Tick())
@@ -291,6 +312,7 @@ class World:
         self.pool = Pool(term=self.term, taken_ms=self.now, limits=LIMITS)
         self.grants, self.recoveries, self._states = [], [], {}
         self.excuses += 2 * len(MODELS)
+        wishes.restore(self.pool, wishes.kept(old, 0))
         self.tell(messages.ModelsChanged(dict(MODELS)), complete=False)
         for request_id in sorted(self.live):
             request = self.asked[request_id] = replace(self.asked[request_id])
@@ -367,5 +389,7 @@ class World:
             self.heartbeat(name)  # the first may only have shown the worker a new term
             if machine.alive:
                 held = sum(lease.holds for lease in self.pool.leases.values() if lease.worker == name)
-                asked = sum(MODELS[grant.model].bytes for grant in self.grants if grant.worker == name)
+                asked = sum(
+                    lease.bytes for lease in self.pool.leases.values() if (lease.worker, lease.epoch) == (name, None)
+                )
                 hold(held - asked == machine.used(), f"{name} holds {machine.used()} bytes, not {held - asked}")

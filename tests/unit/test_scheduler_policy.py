@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,6 +16,7 @@ from processors.scheduler.queues import Queue
 from processors.scheduler.state import Limits, Pool, Request, Running
 from schemas.control import Model
 from schemas.events import Device, Priority, Resident, RunningAttempt, Status, WorkerStatus
+from tests.support.one_machine import Machine, sized
 from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, World
 
 TERM = 7
@@ -85,6 +85,14 @@ class Walk(RuleBasedStateMachine):
     @rule(empty=st.booleans())
     def recover(self, empty: bool) -> None:
         self.world.recover(empty=empty)
+
+    @rule(model=_model, kind=st.sampled_from(["load", "unload"]))
+    def wish(self, model: str, kind: str) -> None:
+        self.world.wish(model, kind)
+
+    @rule(name=_worker, model=_model)
+    def release(self, name: str, model: str) -> None:
+        self.world.release(name, model)
 
     @rule(ms=st.sampled_from([50, 500, 3_000, 7_000]))
     def pass_time(self, ms: int) -> None:
@@ -239,74 +247,8 @@ def test_priorities_go_first_and_batch_leaves_a_slot() -> None:
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-class Machine:
-    """One worker with one device that obeys at once; what it loads takes `load_ms`."""
-
-    def __init__(self, size: int, models: list[Model], limits: Limits | None = None) -> None:
-        self.pool = Pool(term=TERM, limits=limits or Limits())
-        self.size = size
-        self.now = 0
-        self.epoch = 0
-        self.resident: dict[str, tuple[int, str, int]] = {}
-        self.assigned: list[tuple[int, str]] = []
-        self.ended: list[messages.End] = []
-        self.loads: list[tuple[int, str]] = []
-        self.tell(messages.ModelsChanged({model.id: model for model in models}))
-        self.beat()
-
-    def tell(self, event: messages.Event) -> None:
-        for action in step(self.pool, event, self.now):
-            match action:
-                case messages.Grant(worker, _, model):
-                    self.epoch += 1
-                    self.tell(messages.LeaseGranted(worker, model, self.epoch))
-                case messages.Load(_, _, model, epoch):
-                    self.loads.append((self.now, model))
-                    self.resident[model] = (epoch, "loading", self.now + self.pool.models[model].load_ms)
-                case messages.Unload(_, _, model, _):
-                    self.resident.pop(model)
-                case messages.Assign(request):
-                    self.assigned.append((self.now, request.id))
-                case messages.End():
-                    self.ended.append(action)
-
-    def beat(self) -> None:
-        for model, (epoch, state, until) in self.resident.items():
-            if state == "loading" and self.now >= until:
-                self.resident[model] = (epoch, "active", until)
-        shown = [Resident(model, epoch, state, device="d") for model, (epoch, state, _) in self.resident.items()]
-        self.tell(
-            messages.WorkerSeen(
-                WorkerStatus(
-                    "w1", "b1", "default", TERM, self.now, providers=["p"], resident=shown,
-                    devices=[Device("d", self.size, ["p"])],
-                )
-            )
-        )  # fmt: skip
-
-    def run(self, ms: int) -> None:
-        for _ in range(ms // 250):
-            self.now += 250
-            self.beat()
-            self.tell(messages.Tick())
-
-    def ask(self, name: str, model: str, priority: Priority = Priority.STANDARD) -> None:
-        self.tell(messages.Arrived(Request(name, "t", model, self.now, self.now + 10**9, priority=priority)))
-
-    def done(self, name: str) -> None:
-        self.tell(messages.Finished(name, 1, 1))
-
-    @property
-    def held(self) -> set[str]:
-        return set(self.resident)
-
-
-def _sized(name: str, size: int, load_ms: int = 1_000, **fields: Any) -> Model:
-    return Model(name, "p", "t", bytes=size, load_ms=load_ms, preload=False, **fields)
-
-
 def test_the_cheapest_idle_set_that_suffices_gives_way() -> None:
-    machine = Machine(10, [_sized("dear", 4, 9_000), _sized("cheap", 4), _sized("small", 2), _sized("new", 4)])
+    machine = Machine(10, [sized("dear", 4, 9_000), sized("cheap", 4), sized("small", 2), sized("new", 4)])
     for model in ("dear", "cheap", "small"):
         machine.ask(model, model)
         machine.run(10_000)
@@ -318,7 +260,7 @@ def test_the_cheapest_idle_set_that_suffices_gives_way() -> None:
 
 
 def test_what_can_never_fit_is_refused_at_once() -> None:
-    machine = Machine(10, [_sized("huge", 11)])
+    machine = Machine(10, [sized("huge", 11)])
     machine.ask("r", "huge")
     [end] = machine.ended
     assert end.status is Status.REJECTED and "11 bytes" in end.message
@@ -327,7 +269,7 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
 
 
 def test_a_pinned_model_stays_whoever_waits() -> None:
-    machine = Machine(10, [_sized("kept", 6, pinned=True), _sized("other", 6)])
+    machine = Machine(10, [sized("kept", 6, pinned=True), sized("other", 6)])
     machine.run(2_000)
     assert machine.held == {"kept"}, "it is loaded without being asked for"
     machine.ask("r", "other")
@@ -338,7 +280,7 @@ def test_a_pinned_model_stays_whoever_waits() -> None:
 def test_a_queue_has_its_model_within_the_longest_wait() -> None:
     """Another model is always in use, and its requests never stop coming."""
     limits = Limits(max_wait_ms=20_000, residency_loads=100.0)
-    machine = Machine(10, [_sized("busy", 8, max_concurrency=1), _sized("rare", 8, max_concurrency=1)], limits)
+    machine = Machine(10, [sized("busy", 8, max_concurrency=1), sized("rare", 8, max_concurrency=1)], limits)
     machine.ask("b0", "busy")
     for number in range(1, 9):
         machine.ask(f"b{number}", "busy")
@@ -357,7 +299,7 @@ def test_a_queue_has_its_model_within_the_longest_wait() -> None:
 
 
 def test_batch_work_takes_memory_from_nobody_who_works() -> None:
-    machine = Machine(10, [_sized("used", 8), _sized("batch", 8)])
+    machine = Machine(10, [sized("used", 8), sized("batch", 8)])
     machine.ask("u", "used")
     machine.run(2_000)
     machine.ask("b", "batch", Priority.BATCH)
@@ -369,7 +311,7 @@ def test_batch_work_takes_memory_from_nobody_who_works() -> None:
 
 
 def test_a_model_is_unloaded_when_its_keep_alive_has_passed() -> None:
-    machine = Machine(10, [_sized("brief", 4, keep_alive_ms=5_000)])
+    machine = Machine(10, [sized("brief", 4, keep_alive_ms=5_000)])
     machine.ask("r", "brief")
     machine.run(10_000)
     assert machine.held == {"brief"}, "it is in use"
@@ -381,7 +323,7 @@ def test_a_model_is_unloaded_when_its_keep_alive_has_passed() -> None:
 
 
 def test_memory_that_is_not_seen_to_be_free_is_quarantined() -> None:
-    machine = Machine(10, [_sized("old", 8), _sized("new", 8)])
+    machine = Machine(10, [sized("old", 8), sized("new", 8)])
     machine.ask("o", "old")
     machine.run(2_000)
     machine.done("o")
@@ -405,7 +347,7 @@ def test_a_worker_that_joins_holds_what_takes_no_memory_too() -> None:
 
 
 def test_a_load_that_failed_is_tried_again_for_the_next_who_asks() -> None:
-    machine = Machine(10, [_sized("flaky", 4)])
+    machine = Machine(10, [sized("flaky", 4)])
     machine.ask("first", "flaky")
     epoch, _, until = machine.resident["flaky"]
     machine.resident["flaky"] = (epoch, "failed", until)
@@ -421,7 +363,7 @@ def test_a_load_that_failed_is_tried_again_for_the_next_who_asks() -> None:
 
 
 def test_a_device_that_shrinks_has_its_cheapest_idle_models_drained() -> None:
-    machine = Machine(10, [_sized("dear", 4, 9_000), _sized("cheap", 4), _sized("used", 2)])
+    machine = Machine(10, [sized("dear", 4, 9_000), sized("cheap", 4), sized("used", 2)])
     for model in ("dear", "cheap", "used"):
         machine.ask(model, model)
         machine.run(10_000)
@@ -439,7 +381,7 @@ def test_a_device_that_shrinks_has_its_cheapest_idle_models_drained() -> None:
 
 
 def test_a_device_that_is_gone_gets_nothing_and_keeps_nothing_idle() -> None:
-    machine = Machine(10, [_sized("one", 4), _sized("two", 4)])
+    machine = Machine(10, [sized("one", 4), sized("two", 4)])
     machine.ask("r", "one")
     machine.run(2_000)
     machine.done("r")

@@ -1,0 +1,80 @@
+"""One worker with one device, for tests of the scheduling policy that follow it over time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from processors.scheduler import messages
+from processors.scheduler.policy import step
+from processors.scheduler.state import Limits, Pool, Request
+from schemas.control import Model
+from schemas.events import Device, Priority, Resident, WorkerStatus
+
+TERM = 7
+
+
+class Machine:
+    """One worker with one device that obeys at once; what it loads takes `load_ms`."""
+
+    def __init__(self, size: int, models: list[Model], limits: Limits | None = None) -> None:
+        self.pool = Pool(term=TERM, limits=limits or Limits())
+        self.size = size
+        self.now = 0
+        self.epoch = 0
+        self.resident: dict[str, tuple[int, str, int]] = {}
+        self.assigned: list[tuple[int, str]] = []
+        self.ended: list[messages.End] = []
+        self.loads: list[tuple[int, str]] = []
+        self.tell(messages.ModelsChanged({model.id: model for model in models}))
+        self.beat()
+
+    def tell(self, event: messages.Event) -> None:
+        for action in step(self.pool, event, self.now):
+            match action:
+                case messages.Grant(worker, _, model):
+                    self.epoch += 1
+                    self.tell(messages.LeaseGranted(worker, model, self.epoch))
+                case messages.Load(_, _, model, epoch):
+                    self.loads.append((self.now, model))
+                    self.resident[model] = (epoch, "loading", self.now + self.pool.models[model].load_ms)
+                case messages.Unload(_, _, model, _):
+                    self.resident.pop(model)
+                case messages.Assign(request):
+                    self.assigned.append((self.now, request.id))
+                case messages.End():
+                    self.ended.append(action)
+
+    def beat(self) -> None:
+        for model, (epoch, state, until) in self.resident.items():
+            if state == "loading" and self.now >= until:
+                self.resident[model] = (epoch, "active", until)
+        shown = [Resident(model, epoch, state, device="d") for model, (epoch, state, _) in self.resident.items()]
+        self.tell(
+            messages.WorkerSeen(
+                WorkerStatus(
+                    "w1", "b1", "default", TERM, self.now, providers=["p"], resident=shown,
+                    devices=[Device("d", self.size, ["p"])],
+                )
+            )
+        )  # fmt: skip
+
+    def run(self, ms: int) -> None:
+        for _ in range(ms // 250):
+            self.now += 250
+            self.beat()
+            self.tell(messages.Tick())
+
+    def ask(self, name: str, model: str, priority: Priority = Priority.STANDARD) -> None:
+        self.tell(messages.Arrived(Request(name, "t", model, self.now, self.now + 10**9, priority=priority)))
+
+    def done(self, name: str) -> None:
+        self.tell(messages.Finished(name, 1, 1))
+
+    @property
+    def held(self) -> set[str]:
+        return set(self.resident)
+
+
+def sized(name: str, size: int, load_ms: int = 1_000, **fields: Any) -> Model:
+    """A model of that many bytes which nobody has preloaded."""
+    return Model(name, "p", "t", bytes=size, load_ms=load_ms, preload=False, **fields)
