@@ -56,6 +56,47 @@ QUERIES: tuple[Query, ...] = (
         _SINCE,
     ),
     Query(
+        "cost-by-model",
+        "What each model earned and did, beside the memory it held and for how long, over the last `days` (30).",
+        """
+        WITH now64(3, 'UTC') AS until, until - toIntervalDay({days:UInt32}) AS since
+        SELECT model, requests, prompt_tokens, completion_tokens, currency, cost,
+            round(lease_seconds, 3) AS lease_seconds, round(gib_seconds, 3) AS gib_seconds,
+            round((prompt_tokens + completion_tokens) / nullIf(lease_seconds, 0), 3) AS tokens_per_lease_second,
+            round(toFloat64(cost) * 3600 / nullIf(lease_seconds, 0), 9) AS cost_per_lease_hour,
+            round(1 - least(busy_seconds, lease_seconds) / nullIf(lease_seconds, 0), 4) AS idle
+        FROM (SELECT model FROM usage WHERE accepted_at >= since
+            UNION DISTINCT SELECT model FROM lease_spans WHERE ended_at > since) AS named
+        LEFT JOIN (
+            SELECT model, currency, count() AS requests, sum(usage.prompt_tokens) AS prompt_tokens,
+                sum(usage.completion_tokens) AS completion_tokens, sum(usage.cost) AS cost
+            FROM usage WHERE accepted_at >= since GROUP BY model, currency
+        ) AS paid USING (model)
+        LEFT JOIN (
+            SELECT model, sum(seconds) AS lease_seconds, sum(seconds * bytes) / 1073741824 AS gib_seconds
+            FROM (
+                SELECT model, bytes, dateDiff('millisecond', greatest(began_at, since), ended_at) / 1000 AS seconds
+                FROM lease_spans WHERE ended_at > since AND state NOT IN ('free', 'lost')
+            ) GROUP BY model
+        ) AS held USING (model)
+        LEFT JOIN (
+            SELECT model, sum(greatest(0, dateDiff('millisecond', greatest(began, reached), ended))) / 1000
+                AS busy_seconds
+            FROM (
+                SELECT model, began, ended, max(ended) OVER (PARTITION BY worker, model ORDER BY began, ended
+                    ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS reached
+                FROM (
+                    SELECT worker, model, finished_at AS ended,
+                        greatest(finished_at - toIntervalMillisecond(generation_ms), since) AS began
+                    FROM usage WHERE finished_at > since AND generation_ms > 0
+                )
+            ) GROUP BY model
+        ) AS busy USING (model)
+        ORDER BY cost DESC, model, currency
+        """,
+        _SINCE,
+    ),
+    Query(
         "spend-by-tenant",
         "Requests, tokens and cost of each tenant in each month (UTC), over the last `days` (30).",
         """

@@ -21,10 +21,10 @@ from clickhouse.client import INSERT_SETTINGS, connect, database_name
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
 from clickhouse.rows import TOPICS, Item, Unreadable, read
-from clickhouse.tables import EVENTS, REQUESTS, USAGE, Table
+from clickhouse.tables import EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
 from headrace.settings import Settings
 from topics.catalogue import EVENTS as EVENTS_TOPIC
-from topics.catalogue import LOG
+from topics.catalogue import LEASES, LOG, Topic
 from topics.catalogue import USAGE as USAGE_TOPIC
 from topics.clients import LogReader
 from topics.record import Record
@@ -38,10 +38,11 @@ LEFTOVER_AFTER_MS = 24 * 3_600_000
 UNTIMED = {"max_execution_time": 0}
 _SUFFIX = "_rebuild_"
 
-_COPIED: tuple[tuple[Table, str], ...] = (
-    (REQUESTS, LOG.name),
-    (EVENTS, EVENTS_TOPIC.name),
-    (USAGE, USAGE_TOPIC.name),
+_COPIED: tuple[tuple[Table, Topic], ...] = (
+    (REQUESTS, LOG),
+    (EVENTS, EVENTS_TOPIC),
+    (USAGE, USAGE_TOPIC),
+    (LEASE_EVENTS, LEASES),
 )
 
 Progress = Callable[[int, int], None]
@@ -63,7 +64,7 @@ class Report:
 
 
 async def rebuild(conf: Settings, *, from_scratch: bool = False, progress: Progress | None = None) -> Report:
-    """Rebuild `requests`, `request_events` and `usage`; `from_scratch` forgets what Kafka no longer holds.
+    """Rebuild `requests`, `request_events`, `usage` and `lease_events`; `from_scratch` forgets what Kafka has not.
 
     Raises `KafkaError` or `ClickHouseError` when one of them is away; the live tables are then as they were, unless
     the exchange had begun.
@@ -156,13 +157,17 @@ class _Rebuild:
             "rebuild_refused", topic=record.topic, partition=record.partition, offset=record.offset, reason=reason
         )
 
-    async def _carry_over(self, table: Table, topic: str, begins: Offsets) -> None:
+    async def _carry_over(self, table: Table, topic: Topic, begins: Offsets) -> None:
         """Copy the rows whose records Kafka had already deleted."""
-        gone = " OR ".join(
-            f"(kafka_partition = {partition.partition} AND kafka_offset < {begin})"
-            for partition, begin in begins.items()
-            if partition.topic == topic and begin > 0
-        )
+        if "compact" in topic.cleanup:  # It deletes between others, and offsets do not tell.
+            place = "kafka_partition, kafka_offset"
+            gone = f"({place}) NOT IN (SELECT {place} FROM {self._copy(table)})"  # noqa: S608
+        else:
+            gone = " OR ".join(
+                f"(kafka_partition = {partition.partition} AND kafka_offset < {begin})"
+                for partition, begin in begins.items()
+                if partition.topic == topic.name and begin > 0
+            )
         if not gone:
             return
         columns = ", ".join(table.names)

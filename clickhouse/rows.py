@@ -12,8 +12,8 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 
 import msgspec
 
-from clickhouse.tables import ATTEMPTS, EVENTS, REQUESTS, USAGE, Table
-from schemas.events import STAGE_RANK, AttemptOpened, ErrorInfo, LifecycleEvent, Terminal, UsageEvent
+from clickhouse.tables import ATTEMPTS, EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
+from schemas.events import STAGE_RANK, AttemptOpened, ErrorInfo, LeaseEvent, LifecycleEvent, Terminal, UsageEvent
 from topics import catalogue, request_log
 from topics.record import Record
 
@@ -188,8 +188,28 @@ def usage_row(event: UsageEvent, record: Record) -> Row:
     )
 
 
+def lease_row(event: LeaseEvent, record: Record) -> Row:
+    """Row of `lease_events_raw`; a granted record's own offset is the lease's epoch. Raises `Unreadable`."""
+    epoch = record.offset if event.state == "granted" else event.epoch
+    return (
+        event.pool,
+        event.worker,
+        event.model,
+        _count(epoch, "epoch", _I64),
+        event.device,
+        event.boot,
+        _count(event.term, "term", _I64),
+        event.state,
+        _count(event.bytes, "bytes", _I64),
+        event.reason,
+        _time(event.at_ms or record.timestamp, "at_ms"),
+        *_source(record),
+    )
+
+
 _usage_decoder = msgspec.json.Decoder(UsageEvent)
 _event_decoder = msgspec.json.Decoder(LifecycleEvent)
+_lease_decoder = msgspec.json.Decoder(LeaseEvent)
 
 
 def _log(value: bytes, record: Record) -> tuple[Table, Row]:
@@ -207,12 +227,17 @@ def _usage(value: bytes, record: Record) -> tuple[Table, Row]:
     return USAGE, usage_row(_usage_decoder.decode(value), record)
 
 
+def _lease(value: bytes, record: Record) -> tuple[Table, Row]:
+    return LEASE_EVENTS, lease_row(_lease_decoder.decode(value), record)
+
+
 _READERS: dict[str, Callable[[bytes, Record], tuple[Table, Row]]] = {
     catalogue.LOG.name: _log,
     catalogue.EVENTS.name: _event,
     catalogue.USAGE.name: _usage,
+    catalogue.LEASES.name: _lease,
 }
-TOPICS: Sequence[catalogue.Topic] = (catalogue.LOG, catalogue.EVENTS, catalogue.USAGE)
+TOPICS: Sequence[catalogue.Topic] = (catalogue.LOG, catalogue.EVENTS, catalogue.USAGE, catalogue.LEASES)
 """The topics that become rows."""
 
 

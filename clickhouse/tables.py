@@ -144,5 +144,24 @@ USAGE = Table(
     ),
 )
 
-TABLES: tuple[Table, ...] = (ATTEMPTS, REQUESTS, EVENTS, USAGE)
+LEASE_EVENTS = Table(
+    "lease_events_raw",
+    "lease_events",
+    (
+        ("pool", LABEL),
+        ("worker", LABEL),
+        ("model", LABEL),
+        ("epoch", "Int64"),
+        ("device", LABEL),
+        ("boot", TEXT),
+        ("term", "Int64"),
+        ("state", LABEL),
+        ("bytes", "UInt64"),
+        ("reason", TEXT),
+        ("at", TIME),
+        *_SOURCE,
+    ),
+)
+
+TABLES: tuple[Table, ...] = (ATTEMPTS, REQUESTS, EVENTS, USAGE, LEASE_EVENTS)
 """In the order of writing: openings must be durable before the terminals that they void are judged."""

@@ -367,14 +367,10 @@ class ModelState(msgspec.Struct, omit_defaults=True):
     """How one model of a pool stands."""
 
     id: str
-    queued: int = 0
-    running: int = 0
-    estimated_wait_ms: int = 0
-    """Expected wait of a request that arrives now."""
     state: str = "unloaded"
     """`active` where some worker holds it, else `loading`, `draining`, `failed` or `unloaded`."""
-    error: str = ""
-    """Why it could not be loaded, while it is `failed`."""
+    queued: int = 0
+    running: int = 0
     used_ms: int = 0
     """When a request was last given to it or done on it (Unix ms); 0 when nobody holds it."""
 
@@ -414,6 +410,9 @@ class PoolStatus(msgspec.Struct, omit_defaults=True):
     queued: int = 0
     running: int = 0
     estimated_wait_ms: int = 0
+    """The longest of `waits_ms`."""
+    waits_ms: dict[str, int] = {}
+    """Model -> how long a request that comes now would wait for its slot."""
     workers: list[str] = []
     models: list[ModelState] = []
     wishes: PoolWishes = msgspec.field(default_factory=PoolWishes)

@@ -256,7 +256,7 @@ def _follow(lease: Lease, resident: Resident, now_ms: int) -> list[Action]:
             if resident.bytes and lease.device:
                 lease.bytes = resident.bytes
             return placement.move(lease, LeaseState.ACTIVE, now_ms)
-        case "active" if lease.device:
+        case "active" if lease.device and lease.state is not LeaseState.QUARANTINED:
             lease.bytes = max(lease.bytes, resident.bytes)  # its peak
         case "failed" if lease.state in (LeaseState.LOADING, LeaseState.ACTIVE, LeaseState.DRAINING):
             lease.error = resident.error

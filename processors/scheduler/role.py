@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -14,12 +16,20 @@ from headrace.errors import Unavailable
 from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
-from processors.scheduler import messages, policy
+from processors.scheduler import messages, policy, wishes
 from processors.scheduler.runner import Held, PoolRunner
 from processors.scheduler.state import Running
 from processors.scheduler.tails import Ended, Tails
-from processors.scheduler.takeover import forgotten, oldest_live_ms, read_live, read_routed, restored, take_term
-from schemas.events import Cancellation, Routed, Stage, WorkerStatus
+from processors.scheduler.takeover import (
+    forgotten,
+    oldest_live_ms,
+    read_live,
+    read_routed,
+    read_wishes,
+    restored,
+    take_term,
+)
+from schemas.events import Cancellation, PoolCommand, Routed, Stage, WorkerStatus
 from schemas.ids import is_idempotent
 from topics import frames
 from topics.agents import AgentRole, Message
@@ -43,6 +53,14 @@ STATUS_EVERY_S = 1.0
 _routed = msgspec.json.Decoder(Routed)
 
 
+class _Asked(NamedTuple):
+    """An operator's wish, its offset in `pool.commands`, and when the brokers took it (Unix ms)."""
+
+    command: PoolCommand
+    offset: int
+    at_ms: int
+
+
 class Scheduler:
     """All pools that this process owns."""
 
@@ -62,7 +80,10 @@ class Scheduler:
             on_cancellation=self._on_cancellation,
             on_heartbeat=self._on_heartbeat,
             on_term=self._on_term,
+            on_wish=self._on_wish,
         )
+        self._wishes: deque[_Asked] = deque()
+        """Wishes that are not too old, to whichever pool: it may be taken after they were read."""
         self._heartbeats: dict[str, WorkerStatus] = {}
         self.agent = AgentRole(settings, "scheduler", ROUTED, self.handle)
         self.agent.on_partitions(self._gain, self._lose)
@@ -140,6 +161,7 @@ class Scheduler:
                     (request for request in live.requests if request.pool == name), key=lambda one: one.worker == ""
                 )
                 routed = await read_routed(reader, mine)
+                runner.remember(await read_wishes(reader, name, now_ms()))
             self._finished |= dict.fromkeys(live.finished, now_ms())
             await self._follow_models(runner)
             self._pools[name] = runner
@@ -160,6 +182,7 @@ class Scheduler:
                     await runner.heard(status)
             # From here on a worker that was not heard is missed.
             runner.state.taken_ms = now_ms()
+            await self._obey_wishes(runner)
             log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
             return runner
 
@@ -195,13 +218,27 @@ class Scheduler:
         if runner is not None and term > runner.state.term:
             raise RuntimeError(f"pool {pool} was taken by another scheduler under term {term}")
 
+    async def _on_wish(self, command: PoolCommand, offset: int, at_ms: int) -> None:
+        self._wishes.append(_Asked(command, offset, at_ms))
+        while now_ms() - self._wishes[0].at_ms > wishes.LIFE_MS and len(self._wishes) > 1:
+            self._wishes.popleft()
+        runner = self._pools.get(command.pool)
+        if runner is not None:
+            await self._obey_wishes(runner)
+
+    async def _obey_wishes(self, runner: PoolRunner) -> None:
+        """Have a pool obey all wishes that it has not yet, in their order."""
+        for asked in [asked for asked in self._wishes if asked.command.pool == runner.name]:
+            await runner.obey(*asked)
+
     # --- time -------------------------------------------------------------------------------------------------
 
     async def _follow_models(self, runner: PoolRunner) -> None:
         with contextlib.suppress(Unavailable):
             snapshot = self._registry.snapshot
             models = {m.id: m for m in snapshot.models.values() if m.enabled and m.pool == runner.name}
-            await runner.models_changed(models, dict(snapshot.providers))
+            weights = {app.id: app.weight for app in snapshot.apps.values() if app.weight != 1.0}
+            await runner.follow(models, dict(snapshot.providers), weights)
 
     async def tick(self) -> None:
         """Move time on, follow the registry and publish how the pools stand, for ever."""
@@ -245,7 +282,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         await registry.start()
         scheduler = Scheduler(settings, producer, registry)
         oldest = await oldest_live_ms(settings.kafka)
-        await scheduler.tails.start(min(now_ms() - MAX_AGE_MS, oldest or now_ms()))
+        now = now_ms()
+        await scheduler.tails.start(min(now - MAX_AGE_MS, oldest or now), wishes_since_ms=now - wishes.LIFE_MS)
         beside = [asyncio.create_task(scheduler.tails.run()), asyncio.create_task(scheduler.tick())]
         for task in beside:
             task.add_done_callback(lambda done: None if done.cancelled() else scheduler.agent.fail(_error(done)))

@@ -11,9 +11,10 @@ import structlog
 
 from headrace import metrics
 from headrace.settings import Settings
-from processors.scheduler import messages, policy
+from processors.scheduler import messages, policy, wishes
 from processors.scheduler.messages import Action, Event
 from processors.scheduler.recovery import Recovery
+from processors.scheduler.report import pool_status
 from processors.scheduler.sizes import Sizes
 from processors.scheduler.state import Pool, Request
 from processors.scheduler.tails import Ended, Tails
@@ -28,7 +29,8 @@ from schemas.events import (
     LeaseEvent,
     LiveRequest,
     LoadCommand,
-    PoolStatus,
+    PoolCommand,
+    PoolWishes,
     Priority,
     Routed,
     Stage,
@@ -81,6 +83,8 @@ class PoolRunner:
         self._declared: dict[str, Model] = {}
         """The models as the registry has them."""
         self._sizes = Sizes()
+        self._next_wish = 0
+        """Offset in `pool.commands` of the first wish that is not obeyed yet."""
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -124,6 +128,33 @@ class PoolRunner:
             waits = await self._carry_out(policy.step(self.state, event, now_ms()))
         await asyncio.gather(*waits)
         return True
+
+    def remember(self, kept: PoolWishes) -> None:
+        """Take over what the scheduler before was asked and did not see come true."""
+        self._next_wish = kept.next_offset
+        wishes.restore(self.state, kept)
+
+    async def obey(self, command: PoolCommand, offset: int, asked_ms: int) -> None:
+        """Obey an operator's wish, if it was not obeyed before and is not too old; returns when that is durable.
+
+        That it was taken is durable before anything is done about it: a successor does not obey it again, but goes on
+        with what the status says is still to come true.
+        """
+        async with self._lock:
+            if offset < self._next_wish:
+                return
+            self._next_wish = offset + 1
+            if now_ms() - asked_ms > wishes.LIFE_MS:
+                log.warning("wish_too_old", pool=self.name, wish=command.id, kind=command.kind, model=command.model)
+                return
+            log.info(
+                "wish", pool=self.name, wish=command.id, kind=command.kind, model=command.model, worker=command.worker,
+                actor=command.actor, reason=command.reason,
+            )  # fmt: skip
+            actions = policy.step(self.state, wishes.of(command, asked_ms), now_ms())
+            await self.publish_status()
+            waits = await self._carry_out(actions)
+        await asyncio.gather(*waits)
 
     def bury_live(self, request_id: str) -> None:
         """Tombstone a request's live record; should a crash lose that, the successor finds the terminal and does it."""
@@ -259,10 +290,11 @@ class PoolRunner:
 
     # --- telling others ---------------------------------------------------------------------------------------
 
-    async def models_changed(self, models: dict[str, Model], providers: dict[str, Provider]) -> None:
+    async def follow(self, models: dict[str, Model], providers: dict[str, Provider], weights: dict[str, float]) -> None:
         """Follow the registry. A model whose provider is gone is gone too."""
         self._declared = {id: model for id, model in models.items() if model.provider in providers}
         self.providers |= providers  # Commands for leases that there still are name the old ones.
+        await self.feed(messages.WeightsChanged(weights))
         await self.feed(messages.ModelsChanged(self._sizes.applied(self._declared)))
 
     async def heard(self, status: WorkerStatus) -> None:
@@ -273,26 +305,10 @@ class PoolRunner:
 
     async def publish_status(self) -> None:
         """Tell the ingresses how the pool stands."""
-        state = self.state
-        trusted = [worker.status for worker in state.workers.values() if worker.usable]
-        served = {provider for status in trusted for provider in status.providers}
-        waits = [policy.estimated_wait_ms(state, model) for model in state.models.values()]
-        errors = {model: policy.load_error(state, model) for model in state.models}
-        status = PoolStatus(
-            pool=self.name,
-            term=state.term,
-            at_ms=now_ms(),
-            ready_models=sorted({lease.model for lease in state.leases.values() if lease.state == "active"}),
-            servable_models=sorted(model.id for model in state.models.values() if model.provider in served),
-            failed_models={model: error for model, error in errors.items() if error is not None},
-            queued=state.queued,
-            running=len(state.running),
-            estimated_wait_ms=max(waits, default=0),
-            workers=sorted(status.worker for status in trusted),
-        )
-        metrics.POOL_QUEUED.labels(pool=self.name).set(state.queued)
-        metrics.POOL_RUNNING.labels(pool=self.name).set(len(state.running))
-        metrics.WORKERS.labels(pool=self.name).set(len(trusted))
+        status = pool_status(self.state, self.name, now_ms(), self._next_wish)
+        metrics.POOL_QUEUED.labels(pool=self.name).set(status.queued)
+        metrics.POOL_RUNNING.labels(pool=self.name).set(status.running)
+        metrics.WORKERS.labels(pool=self.name).set(len(status.workers))
         await self._producer.send(POOL_STATUS.name, msgspec.json.encode(status), key=self.name)
 
 

@@ -1,4 +1,4 @@
-"""What a scheduler reads beside its own stream: the request log, cancellations and heartbeats, whole, without a group.
+"""What a scheduler reads beside its own stream: the log, cancellations, heartbeats and wishes, whole, without a group.
 
 Faust does not co-partition these with `inference.routed`, so each scheduler reads them all and keeps what concerns it.
 """
@@ -12,8 +12,8 @@ import msgspec
 import structlog
 from aiokafka import TopicPartition
 
-from schemas.events import Cancellation, Usage, WorkerStatus
-from topics.catalogue import CANCELLATIONS, LOG, POOL_TERMS, WORKER_STATUS
+from schemas.events import Cancellation, PoolCommand, Usage, WorkerStatus
+from topics.catalogue import CANCELLATIONS, LOG, POOL_COMMANDS, POOL_TERMS, WORKER_STATUS
 from topics.clients import LogReader
 from topics.cluster import Cluster
 from topics.record import Record
@@ -41,6 +41,7 @@ class _Opened(msgspec.Struct, tag_field="type", tag="attempt_opened"):
 _head = msgspec.json.Decoder(Ended | _Opened)
 _cancellation = msgspec.json.Decoder(Cancellation)
 _status = msgspec.json.Decoder(WorkerStatus)
+_wish = msgspec.json.Decoder(PoolCommand)
 
 
 class Tails:
@@ -54,24 +55,31 @@ class Tails:
         on_cancellation: Callable[[Cancellation], Awaitable[None]],
         on_heartbeat: Callable[[WorkerStatus], Awaitable[None]],
         on_term: Callable[[str, int], Awaitable[None]],
+        on_wish: Callable[[PoolCommand, int, int], Awaitable[None]],
     ) -> None:
         self._reader = LogReader(cluster, "scheduler-tails", max_wait_ms=1000)
         self._on_terminal = on_terminal
         self._on_cancellation = on_cancellation
         self._on_heartbeat = on_heartbeat
         self._on_term = on_term
+        self._on_wish = on_wish
         self.view = LogView()
         """What the log says of attempts and terminals, as far as it has been read."""
         self._position: dict[TopicPartition, int] = {}
         self._moved = asyncio.Condition()
 
-    async def start(self, since_ms: int) -> None:
-        """Position the log and the cancellations at `since_ms` (Unix ms); heartbeats and terms at their beginning."""
+    async def start(self, since_ms: int, wishes_since_ms: int) -> None:
+        """Position the log and the cancellations at `since_ms`, the wishes at `wishes_since_ms` (Unix ms).
+
+        Heartbeats and terms are read from their beginning.
+        """
         await self._reader.start()
-        assignment = self._reader.assign([LOG, CANCELLATIONS, WORKER_STATUS, POOL_TERMS])
+        assignment = self._reader.assign([LOG, CANCELLATIONS, POOL_COMMANDS, WORKER_STATUS, POOL_TERMS])
         dated = [tp for tp in assignment if tp.topic in (LOG.name, CANCELLATIONS.name)]
         await self._reader.seek_to_time(dated, since_ms)
-        whole = [tp for tp in assignment if tp not in dated]
+        wishes = [tp for tp in assignment if tp.topic == POOL_COMMANDS.name]
+        await self._reader.seek_to_time(wishes, wishes_since_ms)
+        whole = [tp for tp in assignment if tp not in dated and tp not in wishes]
         await self._reader.consumer.seek_to_beginning(*whole)
         for tp in assignment:
             self._position[tp] = await self._reader.consumer.position(tp)
@@ -114,6 +122,8 @@ class Tails:
                 await self._log_record(_head.decode(record.value))
             elif record.topic == CANCELLATIONS.name:
                 await self._on_cancellation(_cancellation.decode(record.value))
+            elif record.topic == POOL_COMMANDS.name:
+                await self._on_wish(_wish.decode(record.value), record.offset, record.timestamp)
             elif record.topic == POOL_TERMS.name:
                 await self._on_term((record.key or b"").decode(), record.offset)
             else:

@@ -12,8 +12,8 @@ from aiokafka import TopicPartition
 from headrace.errors import DeadlineExceeded
 from processors.scheduler.runner import waiting_request
 from processors.scheduler.state import Running
-from schemas.events import LiveRequest, PoolTerm, Routed, Status, Terminal, Timings
-from topics.catalogue import LIVE, POOL_TERMS, ROUTED
+from schemas.events import LiveRequest, PoolStatus, PoolTerm, PoolWishes, Routed, Status, Terminal, Timings
+from topics.catalogue import LIVE, POOL_STATUS, POOL_TERMS, ROUTED
 from topics.clients import LogReader, Producer
 from topics.cluster import Cluster
 from topics.outcomes import now_ms
@@ -22,6 +22,10 @@ log = structlog.get_logger(__name__)
 
 _live = msgspec.json.Decoder(LiveRequest)
 _routed = msgspec.json.Decoder(Routed)
+_status = msgspec.json.Decoder(PoolStatus)
+
+WISHES_KEPT_MS = 300_000
+"""What operators asked is forgotten when a pool had no scheduler for longer."""
 
 
 @dataclass(slots=True)
@@ -73,6 +77,19 @@ async def read_routed(reader: LogReader, live: list[LiveRequest]) -> dict[str, R
         record = await reader.consumer.getone(tp)
         found[request.request_id] = _routed.decode(record.value or b"")
     return found
+
+
+async def read_wishes(reader: LogReader, pool: str, now_ms: int) -> PoolWishes:
+    """What operators asked of a pool, by the last status of its scheduler so far."""
+    assignment = reader.assign([POOL_STATUS])
+    await reader.seek_to_time(assignment, now_ms - WISHES_KEPT_MS)
+    last: PoolStatus | None = None
+    async for record in reader.read_to_end(assignment):
+        if record.key == pool.encode() and record.value is not None:
+            status = _status.decode(record.value)
+            if last is None or status.term >= last.term:
+                last = status
+    return last.wishes if last is not None else PoolWishes()
 
 
 async def oldest_live_ms(cluster: Cluster) -> int | None:

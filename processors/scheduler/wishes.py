@@ -11,7 +11,22 @@ from __future__ import annotations
 from processors.scheduler.messages import Action, LeaseMoved, LoadAsked, ReleaseAsked, UnloadAsked, Wish
 from processors.scheduler.placement import drain
 from processors.scheduler.state import Lease, LeaseState, Pool
-from schemas.events import PoolWishes, ReleasedLease
+from schemas.events import PoolCommand, PoolCommandKind, PoolWishes, ReleasedLease
+
+LIFE_MS = 60_000
+"""A wish that is older when a scheduler reads it is not obeyed; a load is given up after as long."""
+
+
+def of(command: PoolCommand, asked_ms: int) -> Wish:
+    """The wish in a record of `pool.commands` that the brokers took at `asked_ms` (Unix ms)."""
+    said = f"{command.actor or 'an operator'}: {command.reason}" if command.reason else command.actor or "an operator"
+    match command.kind:
+        case PoolCommandKind.LOAD:
+            return LoadAsked(command.model, asked_ms + LIFE_MS)
+        case PoolCommandKind.UNLOAD:
+            return UnloadAsked(command.model, f"unloaded by {said}")
+        case PoolCommandKind.RELEASE:
+            return ReleaseAsked(command.worker, command.model, f"released by {said}")
 
 
 def obey(pool: Pool, wish: Wish, now_ms: int) -> list[Action]:

@@ -1,4 +1,4 @@
-"""The sink: usage, the request log and lifecycle events become ClickHouse rows, at least once, effectively once.
+"""The sink: usage, the request log, lifecycle and leases become ClickHouse rows, at least once, effectively once.
 
 Offsets are committed only after the rows are durable, and a row that comes again replaces itself. While ClickHouse is
 away the sink neither reads on nor gives up; Kafka holds what is to come, and metering does not notice.

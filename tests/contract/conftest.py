@@ -1,14 +1,25 @@
-"""What contract tests share: an engine of each kind, a Valkey; and what the summary of a run says of them."""
+"""What contract tests share: an engine of each kind, a Valkey, a ClickHouse; and what the summary of a run says of them."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
+from clickhouse_connect.driver.asyncclient import AsyncClient
 from redis.asyncio import Redis
 
+from clickhouse.client import connect as connect_clickhouse
+from clickhouse.migrate import migrate
+from deploy.embedded.ports import PortBook
 from headrace.projection import Projection
 from headrace.redis_client import connect
+from headrace.settings import Settings
 from tests.support.backends import MAKERS, Backend, ran
 from tests.support.valkey import Valkey
 
@@ -50,3 +61,42 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say which Ollama server the provider suite ran against."""
     for server in ran:
         terminalreporter.write_line(f"ollama provider: ran against {server}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    port = PortBook(tmp_path_factory.mktemp("ports") / "ports.json").port("clickhouse")
+    data = tmp_path_factory.mktemp("clickhouse")
+    argv = [sys.executable, "-m", "deploy.embedded.clickhouse_server", "--data", str(data), "--port", str(port)]
+    process = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_up(url, process)
+        yield Settings(clickhouse_url=url)
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
+    give_up = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < give_up:
+        try:
+            with urllib.request.urlopen(f"{url}/ping", timeout=1):  # noqa: S310
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.05)
+    raise RuntimeError("ClickHouse did not come up")
+
+
+@pytest.fixture(scope="session")
+def migrated(server: Settings) -> Settings:
+    migrate(server)
+    return server
+
+
+@pytest.fixture
+async def client(migrated: Settings) -> AsyncIterator[AsyncClient]:
+    connected = await connect_clickhouse(migrated)
+    yield connected
+    await connected.close()

@@ -6,16 +6,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -23,93 +15,21 @@ from clickhouse_connect.driver.asyncclient import AsyncClient
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from clickhouse.client import connect, connect_sync
+from clickhouse.client import connect_sync
 from clickhouse.migrate import applied_migrations, migrate
 from clickhouse.migration import load
 from clickhouse.projection import Projection
 from clickhouse.queries import QUERIES, Query
-from clickhouse.rows import Item, read
 from clickhouse.tables import EVENTS, REQUESTS, TABLES, USAGE, Table
-from deploy.embedded.ports import PortBook
 from headrace import sql
 from headrace.settings import Settings
-from schemas.events import AttemptOpened, LifecycleEvent, LogRecord, Stage, Status, Terminal, Timings, UsageEvent
+from schemas.events import AttemptOpened, LifecycleEvent, LogRecord, Stage, Status, Terminal, Timings
+from tests.support.tables import NOW_MS, Record, answer, items, log_record, usage_event
 from topics.request_log import deciding_terminal
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 """Without shrinking: an example costs inserts, and a failing run should not take minutes."""
-NOW_MS = 1_790_000_000_000
 _ids = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Record:
-    topic: str
-    offset: int
-    value: bytes
-    partition: int = 0
-    timestamp: int = NOW_MS
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    port = PortBook(tmp_path_factory.mktemp("ports") / "ports.json").port("clickhouse")
-    data = tmp_path_factory.mktemp("clickhouse")
-    argv = [sys.executable, "-m", "deploy.embedded.clickhouse_server", "--data", str(data), "--port", str(port)]
-    process = subprocess.Popen(argv, cwd=Path(__file__).parents[2])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_up(url, process)
-        yield Settings(clickhouse_url=url)
-    finally:
-        process.terminate()
-        process.wait(20)
-
-
-def _wait_until_up(url: str, process: subprocess.Popen[bytes]) -> None:
-    give_up = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < give_up:
-        try:
-            with urllib.request.urlopen(f"{url}/ping", timeout=1):  # noqa: S310
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.05)
-    raise RuntimeError("ClickHouse did not come up")
-
-
-@pytest.fixture(scope="module")
-def migrated(server: Settings) -> Settings:
-    migrate(server)
-    return server
-
-
-@pytest.fixture
-async def client(migrated: Settings) -> AsyncIterator[AsyncClient]:
-    connected = await connect(migrated)
-    yield connected
-    await connected.close()
-
-
-def log_record(offset: int, event: LogRecord) -> Record:
-    return Record("inference.log", offset, msgspec.json.encode(event))
-
-
-def usage_event(number: int, **changes: object) -> UsageEvent:
-    made = UsageEvent(
-        usage_id=f"u{number}", request_id=f"{number:032x}", tenant="t", key_id="k", model="m", alias="a", provider="p",
-        worker="w", status=Status.COMPLETED, attempts=1, prompt_tokens=10, cached_tokens=2, completion_tokens=5,
-        reasoning_tokens=1, estimated=False, price_version=3, currency="USD", cost=Decimal("0.000003000000000001"),
-        stream=True, accepted_ms=NOW_MS, finished_ms=NOW_MS + 9, queue_ms=1, ttft_ms=2, generation_ms=3,
-    )  # fmt: skip
-    return msgspec.structs.replace(made, **changes)
-
-
-def items(records: list[Record]) -> list[Item]:
-    return [read(record) for record in records]
-
-
-def answer(conf: Settings, text: str) -> list[tuple[object, ...]]:
-    return [tuple(row) for row in sql.run(conf, text, {}).rows]
 
 
 def test_migrations_are_recorded_and_run_once(server: Settings) -> None:
@@ -129,7 +49,7 @@ def test_migrations_can_be_reverted_run_at_once_and_resumed(server: Settings) ->
         client.command("TRUNCATE TABLE schema_migrations")
     assert len(migrate(conf).apply) == len(load())
     assert answer(conf, "SELECT count() FROM usage") == [(0,)]
-    assert [step.number for step in migrate(conf, 0).revert] == [3, 2, 1]
+    assert [step.number for step in migrate(conf, 0).revert] == [4, 3, 2, 1]
     assert answer(conf, "SHOW TABLES") == [("schema_migrations",)]
     assert len(migrate(conf).apply) == len(load())
 
