@@ -46,7 +46,7 @@ MIGRATION = Migration(
                 PARTITION BY pool, worker, model, epoch ORDER BY kafka_offset
                 ROWS BETWEEN CURRENT ROW AND 1 FOLLOWING)) AS ended_at
         FROM (
-            SELECT *, max(state IN ('free', 'lost')) OVER (
+            SELECT *, max(state = 'free') OVER (
                 PARTITION BY pool, worker, model, epoch ORDER BY kafka_offset
                 ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS is_over
             FROM lease_events
@@ -59,7 +59,7 @@ MIGRATION = Migration(
             argMax(span.state, kafka_offset) AS state,
             min(began_at) AS granted_at,
             minOrNullIf(began_at, span.state = 'active') AS active_at,
-            minOrNullIf(began_at, span.state IN ('free', 'lost')) AS released_at,
+            if(argMax(span.state, kafka_offset) IN ('free', 'lost'), max(began_at), NULL) AS released_at,
             sumIf(dateDiff('millisecond', began_at, ended_at), span.state NOT IN ('free', 'lost')) / 1000 AS seconds,
             max(span.bytes) AS bytes,
             sumIf(span.bytes * dateDiff('millisecond', began_at, ended_at), span.state NOT IN ('free', 'lost')) / 1000

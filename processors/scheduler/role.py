@@ -85,6 +85,8 @@ class Scheduler:
         self._wishes: deque[_Asked] = deque()
         """Wishes that are not too old, to whichever pool: it may be taken after they were read."""
         self._heartbeats: dict[str, WorkerStatus] = {}
+        self._seen_ms: dict[tuple[str, str], int] = {}
+        """(worker, boot) -> when it last reported."""
         self.agent = AgentRole(settings, "scheduler", ROUTED, self.handle)
         self.agent.on_partitions(self._gain, self._lose)
 
@@ -183,6 +185,7 @@ class Scheduler:
             # From here on a worker that was not heard is missed.
             runner.state.taken_ms = now_ms()
             await self._obey_wishes(runner)
+            runner.spawn(runner.end_orphans(self._seen_ms))
             log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
             return runner
 
@@ -209,6 +212,7 @@ class Scheduler:
 
     async def _on_heartbeat(self, status: WorkerStatus) -> None:
         self._heartbeats[status.worker] = status
+        self._seen_ms[status.worker, status.boot] = status.at_ms
         runner = self._pools.get(status.pool)
         if runner is not None and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
             await runner.heard(status)

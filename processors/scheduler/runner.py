@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -11,7 +11,7 @@ import structlog
 
 from headrace import metrics
 from headrace.settings import Settings
-from processors.scheduler import messages, policy, wishes
+from processors.scheduler import messages, orphans, policy, wishes
 from processors.scheduler.messages import Action, Event
 from processors.scheduler.recovery import Recovery
 from processors.scheduler.report import pool_status
@@ -42,11 +42,15 @@ from schemas.events import (
     WorkerStatus,
 )
 from topics.catalogue import LEASES, LIVE, POOL_STATUS, ROUTED, worker_commands
-from topics.clients import Producer
+from topics.clients import LogReader, Producer
 from topics.outcomes import Outcomes, now_ms
 
 log = structlog.get_logger(__name__)
 
+_lease = msgspec.json.Decoder(LeaseEvent)
+
+ORPHANED_MS = 2_000
+"""Past the time-out of workers, leases that nobody shows are taken for lost."""
 HTTP_STATUS = {
     "cancelled": 499,
     "model_not_found": 404,
@@ -77,6 +81,7 @@ class PoolRunner:
         self.providers: dict[str, Provider] = {}
         """By name, also those that are gone."""
         self.fail: Callable[[BaseException], None] = lambda error: None
+        self._bootstrap = settings.kafka_bootstrap
         self._producer = producer
         self._outcomes = Outcomes(producer, "scheduler", settings.instance)
         self._recovery = Recovery(settings.kafka, producer, self._outcomes, tails)
@@ -280,6 +285,19 @@ class PoolRunner:
         )  # fmt: skip
         return await self._producer.post(LEASES.name, msgspec.json.encode(event), key=f"{event.lease_id}/{event.term}")
 
+    async def end_orphans(self, seen_ms: Mapping[tuple[str, str], int]) -> None:
+        """Once every worker that lives must have been heard, end the leases of workers that went before that.
+
+        `seen_ms`: (worker, boot) -> Unix ms of its last heartbeat.
+        """
+        await asyncio.sleep((policy.WORKER_TIMEOUT_MS + ORPHANED_MS) / 1000)
+        async with LogReader(self._bootstrap, "scheduler-orphans") as reader:
+            book = await read_leases(reader, self.name)
+        for event in orphans.ends(book, self.state, seen_ms):
+            log.info("lease_orphaned", pool=self.name, worker=event.worker, model=event.model, epoch=event.epoch)
+            key = f"{event.lease_id}/{event.term}"
+            await self._producer.send(LEASES.name, msgspec.json.encode(event), key=key)
+
     async def _recover(self, lost: list[messages.Recover]) -> None:
         # One whose terminal was read meanwhile is no longer held, and needs nothing.
         pairs = [
@@ -310,6 +328,17 @@ class PoolRunner:
         metrics.POOL_RUNNING.labels(pool=self.name).set(status.running)
         metrics.WORKERS.labels(pool=self.name).set(len(status.workers))
         await self._producer.send(POOL_STATUS.name, msgspec.json.encode(status), key=self.name)
+
+
+async def read_leases(reader: LogReader, pool: str) -> orphans.LeaseBook:
+    """All leases that Kafka knows of a pool."""
+    book = orphans.LeaseBook(pool)
+    assignment = reader.assign([LEASES])
+    await reader.consumer.seek_to_beginning(*assignment)
+    async for record in reader.read_to_end(assignment):
+        if record.value is not None:
+            book.take(_lease.decode(record.value), record.offset)
+    return book
 
 
 def waiting_request(routed: Routed, at_ms: int) -> Request:

@@ -85,8 +85,12 @@ async def test_a_lease_is_one_row_with_what_it_held(client: AsyncClient, migrate
          (64_010, "free", 3 * GIB, ""), (70_000, "free", 0, "")],
     )  # fmt: skip
     lost = Life(f"{names}a", "w2", began, [(0, "granted", GIB, ""), (500, "lost", GIB, "the worker's process is gone")])
+    back = Life(
+        f"{names}a", "w3", began,
+        [(0, "granted", GIB, ""), (500, "lost", GIB, "gone"), (2_500, "active", GIB, ""), (3_000, "lost", GIB, "gone")],
+    )  # fmt: skip
     again = Life(f"{names}a", "w1", began + 100_000, [(0, "granted", GIB, ""), (1_000, "active", GIB, "")], device="")
-    await write(client, migrated, [r for life in (ended, lost, again) for r in life.records()], random.Random(1))
+    await write(client, migrated, [r for life in (ended, lost, back, again) for r in life.records()], random.Random(1))
     rows = answer(
         migrated,
         "SELECT worker, device, state, toUnixTimestamp64Milli(granted_at), toUnixTimestamp64Milli(active_at), "
@@ -98,6 +102,7 @@ async def test_a_lease_is_one_row_with_what_it_held(client: AsyncClient, migrate
         ("w1", "d0", "free", began, began + 2_010, began + 64_010, 64.01, 3 * GIB, pytest.approx(held),
          "makes room for b"),
         ("w2", "d0", "lost", began, None, began + 500, 0.5, GIB, GIB * 0.5, "the worker's process is gone"),
+        ("w3", "d0", "lost", began, began + 2_500, began + 3_000, 1.0, GIB, GIB * 1.0, "gone"),
         ("w1", "", "active", began + 100_000, began + 101_000, None, 0, GIB, 0, ""),
     ]  # fmt: skip
     [(seconds,)] = answer(migrated, f"SELECT seconds FROM leases WHERE model = '{names}a' AND state = 'active'")
