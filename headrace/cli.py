@@ -17,7 +17,8 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("demo",),
     "run": ("run",),
     "up": ("up", "doctor"),
-    "control": ("apply", "models", "providers", "apps", "keys"),
+    "control": ("apply", "providers", "apps", "keys"),
+    "fleet": ("models", "workers", "leases"),
     "topics": ("topics",),
     "data": ("migrate", "sql", "rebuild", "ledger", "dead-letters"),
 }

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from headrace import units
 from headrace.toml_lines import line_of, locate
 from schemas import control
 
@@ -46,6 +47,18 @@ def _decimal(value: object) -> object:
     return value
 
 
+def _duration(value: object) -> object:
+    return units.parse_duration(value if isinstance(value, str) else "")
+
+
+def _size(value: object) -> object:
+    return units.parse_size(value if isinstance(value, str) else "")
+
+
+Duration = Annotated[int, BeforeValidator(_duration)]
+"""Milliseconds, written as "5m"."""
+Size = Annotated[int, BeforeValidator(_size)]
+"""Bytes, written as "4 GiB"."""
 Money = Annotated[Decimal, BeforeValidator(_decimal), Field(ge=0, max_digits=20, decimal_places=10)]
 Name = Annotated[str, Field(pattern=NAME, max_length=_MAX_NAME)]
 
@@ -126,6 +139,10 @@ class ModelConfig(_Strict):
     pool: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)] = "default"
     enabled: bool = True
     preload: bool = True
+    pinned: bool = False
+    keep_alive: Duration | None = None
+    memory: Size = 0
+    load_time: Duration = 0
     default_max_tokens: Annotated[int, Field(ge=1)] | None = None
     price: PriceConfig = PriceConfig(input=Decimal(0), output=Decimal(0))
 
@@ -133,6 +150,10 @@ class ModelConfig(_Strict):
     def _coherent(self) -> ModelConfig:
         if self.default_max_tokens is not None and self.default_max_tokens >= self.context_length:
             raise ValueError(f"default_max_tokens: must be below context_length, {self.context_length}")
+        if self.keep_alive is not None and self.pinned:
+            raise ValueError("keep_alive: a pinned model stays for ever; leave one of the two out")
+        if self.keep_alive is not None and self.preload:
+            raise ValueError("keep_alive: a preloaded model stays for ever; set preload = false")
         return self
 
     def record(self) -> control.Model:
@@ -147,6 +168,10 @@ class ModelConfig(_Strict):
             pool=self.pool,
             enabled=self.enabled,
             preload=self.preload,
+            pinned=self.pinned,
+            keep_alive_ms=self.keep_alive,
+            bytes=self.memory,
+            load_ms=self.load_time,
             default_max_tokens=self.default_max_tokens,
             price=self.price.record(),
         )

@@ -92,6 +92,14 @@ class NotFound(HeadraceError):
     type = "invalid_request_error"
 
 
+class Conflict(HeadraceError):
+    """What is asked for does not go together with how things are."""
+
+    status = 409
+    code = "conflict"
+    type = "invalid_request_error"
+
+
 class IdempotencyConflict(HeadraceError):
     """An Idempotency-Key was used again with another body."""
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 import structlog
 
+from headrace.fleet import FleetReader
 from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
@@ -32,6 +33,7 @@ class Services:
         self.outcomes = Outcomes(self.producer, "ingress", settings.instance)
         self.replies = ReplyReader(settings.kafka, settings.instance)
         self.pools = Pools(settings.kafka, settings.instance)
+        self.fleet = FleetReader(settings.kafka, settings.instance)
         self.lookup = Lookup(settings)
         self.reservations = Reservations(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)
@@ -44,7 +46,7 @@ class Services:
         """Connect; waits for the brokers, not for Redis (its absence is answered with 503)."""
         await self.producer.start()
         await self.registry.start()
-        for work in (self.replies.run(), self.replies.sweep(), self.pools.run()):
+        for work in (self.replies.run(), self.replies.sweep(), self.pools.run(), self.fleet.run()):
             self._watch(work)
 
     def _watch(self, work: Awaitable[None]) -> None:

@@ -7,6 +7,8 @@ from decimal import Decimal
 import msgspec
 
 ANY_MODEL = "*"
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
+"""Bounds of an app's weight: none starves, and none has all."""
 
 
 class Provider(msgspec.Struct, frozen=True, omit_defaults=True):

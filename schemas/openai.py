@@ -171,6 +171,21 @@ class ChatCompletionRequest(_Strict):
         return self
 
 
+class ErrorObject(BaseModel):
+    """What went wrong, as OpenAI's API says it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorObject
+
+
 class ModelCard(BaseModel):
     """One entry of `GET /v1/models`."""
 

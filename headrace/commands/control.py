@@ -1,4 +1,4 @@
-"""Commands on the control plane: `apply`, `models`, `providers`, `apps` and `keys`."""
+"""Commands on the control plane: `apply`, `providers`, `apps` and `keys`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from headrace.control_client import ControlClient, ControlPlane, command, contro
 from headrace.errors import HeadraceError
 from headrace.local import resolve
 from headrace.settings import Settings
-from schemas.control import ANY_MODEL, App, Key
+from schemas.control import ANY_MODEL, MAX_WEIGHT, MIN_WEIGHT, App, Key
 
 ACTOR = "headrace command line"
 DEFAULT_CONFIG = Path("headrace.toml")
@@ -29,20 +29,20 @@ DEFAULT_CONFIG = Path("headrace.toml")
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
 ]
+_WEIGHT = "Its share of a model that several apps wait for."
+Weight = Annotated[float, typer.Option("--weight", help=_WEIGHT, min=MIN_WEIGHT, max=MAX_WEIGHT)]
 T = TypeVar("T")
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(apply)
-    models = typer.Typer(help="Models that callers may name.", no_args_is_help=True)
-    models.command("list")(list_models)
-    app.add_typer(models, name="models")
     providers = typer.Typer(help="Places where models run.", no_args_is_help=True)
     providers.command("list")(list_providers)
     app.add_typer(providers, name="providers")
     apps = typer.Typer(help="Apps: the tenants that keys belong to.", no_args_is_help=True)
     apps.command("create")(create_app)
+    apps.command("update")(update_app)
     apps.command("list")(list_apps)
     app.add_typer(apps, name="apps")
     keys = typer.Typer(help="API keys.", no_args_is_help=True)
@@ -95,25 +95,6 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def list_models(data_dir: DataDir = None) -> None:
-    """List models, with what a million tokens cost."""
-    table = _table("model", "aliases", "provider", "backend tag", "context", "at once", "input", "output", "enabled")
-    for model in _read(data_dir).models.values():
-        price = model.price
-        table.add_row(
-            model.id,
-            ", ".join(model.aliases),
-            model.provider,
-            model.backend_tag,
-            str(model.context_length),
-            str(model.max_concurrency),
-            f"{price.input} {price.currency}",
-            f"{price.output} {price.currency}",
-            _yes(model.enabled),
-        )
-    Console().print(table)
-
-
 def list_providers(data_dir: DataDir = None) -> None:
     """List providers, with the models they serve."""
     plane = _read(data_dir)
@@ -129,6 +110,7 @@ def list_providers(data_dir: DataDir = None) -> None:
 def create_app(
     app_id: Annotated[str, typer.Argument(metavar="ID", help="Short name that keys, limits and bills refer to.")],
     name: Annotated[str | None, typer.Option("--name", help="Name for people; default: the id.")] = None,
+    weight: Weight = 1.0,
     data_dir: DataDir = None,
 ) -> None:
     """Create an app."""
@@ -136,7 +118,7 @@ def create_app(
     async def work(client: ControlClient) -> bool:
         if app_id in (await client.read()).apps:
             return False
-        await client.submit([command(App(id=app_id, name=name or app_id), actor=ACTOR)])
+        await client.submit([command(App(id=app_id, name=name or app_id, weight=weight), actor=ACTOR)])
         return True
 
     if not _with_client(data_dir, work):
@@ -144,13 +126,35 @@ def create_app(
     typer.echo(f"created app {app_id}")
 
 
+def update_app(
+    app_id: Annotated[str, typer.Argument(metavar="ID", help="The app.")],
+    name: Annotated[str | None, typer.Option("--name", help="Name for people.")] = None,
+    weight: Annotated[float | None, typer.Option("--weight", help=_WEIGHT, min=MIN_WEIGHT, max=MAX_WEIGHT)] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Change an app's name or weight, in force at once."""
+    changes = {field: value for field, value in (("name", name), ("weight", weight)) if value is not None}
+    if not changes:
+        raise stop("say what to change: --name or --weight")
+
+    async def work(client: ControlClient) -> bool:
+        found = (await client.read()).apps.get(app_id)
+        if found is not None:
+            await client.submit([command(msgspec.structs.replace(found, **changes), actor=ACTOR)])
+        return found is not None
+
+    if not _with_client(data_dir, work):
+        raise stop(f"there is no app {app_id!r}; `headrace apps list` shows them")
+    typer.echo(f"updated app {app_id}")
+
+
 def list_apps(data_dir: DataDir = None) -> None:
     """List apps, with the number of their enabled keys."""
     plane = _read(data_dir)
-    table = _table("app", "name", "keys", "enabled")
+    table = _table("app", "name", "weight", "keys", "enabled")
     for found in plane.apps.values():
         count = sum(key.app == found.id and key.enabled for key in plane.keys.values())
-        table.add_row(found.id, found.name, str(count), _yes(found.enabled))
+        table.add_row(found.id, found.name, f"{found.weight:g}", str(count), _yes(found.enabled))
     Console().print(table)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from schemas.control import ANY_MODEL, RECORDS, App, ControlCommand, Key, Model, Price, Provider
+from schemas.control import ANY_MODEL, MAX_WEIGHT, MIN_WEIGHT, RECORDS, App, ControlCommand, Key, Model, Price, Provider
 
 PROVIDER_KINDS = ("llama_cpp", "ollama", "openai")
 ROLES = ("member", "admin")
@@ -116,7 +116,7 @@ def decide(state: ControlState, command: ControlCommand, *, now_ms: int) -> Deci
             case Model():
                 return _put_model(state, command.key, record, now_ms)
             case App():
-                _check(record.id == command.key, f"app {command.key!r}: its id is {record.id!r}")
+                _check_app(command.key, record)
             case Key():
                 _check_key(state, command.key, record)
     except _Refusal as refusal:
@@ -150,6 +150,12 @@ def _check_provider(key: str, provider: Provider) -> None:
         f"provider {key!r}: unknown kind {provider.kind!r}; known are {', '.join(PROVIDER_KINDS)}",
     )
     _check(provider.kind != "openai" or bool(provider.base_url), f"provider {key!r}: kind openai needs a base_url")
+
+
+def _check_app(key: str, app: App) -> None:
+    _check(app.id == key, f"app {key!r}: its id is {app.id!r}")
+    bounds = f"app {key!r}: weight must be {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, not {app.weight:g}"
+    _check(MIN_WEIGHT <= app.weight <= MAX_WEIGHT, bounds)
 
 
 def _check_key(state: ControlState, key: str, record: Key) -> None:

@@ -10,6 +10,7 @@ import msgspec
 import structlog
 
 from headrace import metrics
+from headrace.leases import LeaseBook
 from headrace.settings import Settings
 from processors.scheduler import messages, orphans, policy, wishes
 from processors.scheduler.messages import Action, Event
@@ -292,8 +293,8 @@ class PoolRunner:
         """
         await asyncio.sleep((policy.WORKER_TIMEOUT_MS + ORPHANED_MS) / 1000)
         async with LogReader(self._bootstrap, "scheduler-orphans") as reader:
-            book = await read_leases(reader, self.name)
-        for event in orphans.ends(book, self.state, seen_ms):
+            book = await read_leases(reader)
+        for event in orphans.ends(book, self.name, self.state, seen_ms):
             log.info("lease_orphaned", pool=self.name, worker=event.worker, model=event.model, epoch=event.epoch)
             key = f"{event.lease_id}/{event.term}"
             await self._producer.send(LEASES.name, msgspec.json.encode(event), key=key)
@@ -330,9 +331,9 @@ class PoolRunner:
         await self._producer.send(POOL_STATUS.name, msgspec.json.encode(status), key=self.name)
 
 
-async def read_leases(reader: LogReader, pool: str) -> orphans.LeaseBook:
-    """All leases that Kafka knows of a pool."""
-    book = orphans.LeaseBook(pool)
+async def read_leases(reader: LogReader) -> LeaseBook:
+    """All leases that Kafka knows of."""
+    book = LeaseBook()
     assignment = reader.assign([LEASES])
     await reader.consumer.seek_to_beginning(*assignment)
     async for record in reader.read_to_end(assignment):

@@ -9,7 +9,7 @@ worker no longer shows it.
 from __future__ import annotations
 
 from processors.scheduler.messages import Action, LeaseMoved, LoadAsked, ReleaseAsked, UnloadAsked, Wish
-from processors.scheduler.placement import drain
+from processors.scheduler.placement import RELOAD_AFTER_MS, drain
 from processors.scheduler.state import Lease, LeaseState, Pool
 from schemas.events import PoolCommand, PoolCommandKind, PoolWishes, ReleasedLease
 
@@ -36,6 +36,9 @@ def obey(pool: Pool, wish: Wish, now_ms: int) -> list[Action]:
             if model in pool.models:
                 pool.wanted[model] = until_ms
                 pool.parked.discard(model)
+                for lease in pool.of_model(model):
+                    if lease.state is LeaseState.FAILED:
+                        lease.moved_ms = now_ms - RELOAD_AFTER_MS
             return []
         case UnloadAsked(model, reason):
             return _unload(pool, model, reason, now_ms)

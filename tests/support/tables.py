@@ -38,7 +38,7 @@ def usage_event(number: int, **changes: object) -> UsageEvent:
     return msgspec.structs.replace(made, **changes)
 
 
-def items(records: list[Record]) -> list[Item[Record]]:
+def items(records: list[Record]) -> list[Item]:
     return [read(record) for record in records]
 
 

@@ -72,6 +72,52 @@ def test_a_whole_file_gives_the_records_that_it_says() -> None:
     assert big.price == Price(0, input=Decimal(1), output=Decimal(2), cached=Decimal("0.5"), currency="EUR")
 
 
+MEMORY_FIELDS = """\
+[[providers]]
+name = "local"
+kind = "llama_cpp"
+[[models]]
+id = "one"
+provider = "local"
+backend_tag = "x"
+preload = false
+keep_alive = "1.5m"
+memory = "4 GiB"
+load_time = "800ms"
+"""
+
+
+def test_memory_and_times_are_written_with_their_units() -> None:
+    [model] = parse_config(MEMORY_FIELDS).models
+    record = model.record()
+    assert (record.keep_alive_ms, record.bytes, record.load_ms) == (90_000, 4 * 2**30, 800)
+    assert record.pinned is False
+    [kept] = parse_config(MEMORY_FIELDS.replace('keep_alive = "1.5m"', "pinned = true")).models
+    assert (kept.record().pinned, kept.record().keep_alive_ms) == (True, None)
+    [gone] = parse_config(MEMORY_FIELDS.replace('"1.5m"', '"0s"')).models
+    assert gone.record().keep_alive_ms == 0, "not kept at all, which is not the same as for ever"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('keep_alive = "1.5m"', 'keep_alive = "5 minutes"', ":9: models[0].keep_alive: write a duration such as"),
+        ('keep_alive = "1.5m"', "keep_alive = 300", ":9: models[0].keep_alive: write a duration such as"),
+        ('keep_alive = "1.5m"', 'keep_alive = "-5s"', ":9: models[0].keep_alive: write a duration such as"),
+        ('memory = "4 GiB"', 'memory = "4 gib"', ":10: models[0].memory: write a size such as"),
+        ('memory = "4 GiB"', "memory = 4", ":10: models[0].memory: write a size such as"),
+        ('load_time = "800ms"', 'load_time = ""', ":11: models[0].load_time: write a duration such as"),
+        ("preload = false", "preload = true", ":9: models[0].keep_alive: a preloaded model stays for ever"),
+        ("preload = false", "preload = false\npinned = true", ":10: models[0].keep_alive: a pinned model stays"),
+        ("preload = false", 'pinned = "yes, please"', ":8: models[0].pinned: input should be a valid boolean"),
+    ],
+)
+def test_faults_of_memory_and_times_name_their_line(old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_config(MEMORY_FIELDS.replace(old, new), "f.toml")
+    assert str(raised.value).startswith("f.toml" + message), raised.value
+
+
 def test_without_a_file_the_packaged_model_is_served() -> None:
     assert load_config(None) == default_config()
     model = default_config().models[0].record()

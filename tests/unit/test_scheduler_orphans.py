@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from processors.scheduler.orphans import REASON, LeaseBook, ends
+from headrace.leases import LeaseBook
+from processors.scheduler.orphans import REASON
+from processors.scheduler.orphans import ends as ends_of
 from processors.scheduler.state import Lease, LeaseState, Pool
 from schemas.events import LeaseEvent
 
@@ -17,10 +19,14 @@ def event(model: str, state: str, at_ms: int = 100, **fields: object) -> LeaseEv
 
 
 def book(*events: LeaseEvent) -> LeaseBook:
-    made = LeaseBook("p")
+    made = LeaseBook()
     for offset, found in enumerate(events, start=20):
         made.take(found, offset)
     return made
+
+
+def ends(found: LeaseBook, pool: Pool, seen_ms: dict[tuple[str, str], int]) -> list[LeaseEvent]:
+    return ends_of(found, "p", pool, seen_ms)
 
 
 def test_what_nobody_holds_ended_when_its_worker_was_last_heard() -> None:
@@ -58,3 +64,9 @@ def test_a_lease_that_came_again_does_not_hide_the_one_before() -> None:
 def test_a_late_record_of_an_earlier_scheduler_does_not_count() -> None:
     found = book(event("one", "free", term=6, epoch=5), event("one", "active", term=5, epoch=5))
     assert ends(found, Pool(term=TERM), {}) == []
+
+
+def test_the_book_forgets_leases_that_ended_before_the_newest_and_their_late_records() -> None:
+    found = book(event("one", "granted"), event("one", "free", epoch=20), event("one", "granted"))
+    found.take(event("one", "active", term=3, epoch=20), 23)
+    assert [held.epoch for held in found.held()] == [22]

@@ -66,6 +66,19 @@ def test_a_load_that_is_asked_for_twice_is_made_once() -> None:
     assert [model for _, model in machine.loads] == ["asked"]
 
 
+def test_a_load_that_failed_is_tried_again_at_once() -> None:
+    machine = Machine(10, [sized("flaky", 4)])
+    load(machine, "flaky")
+    epoch, _, until = machine.resident["flaky"]
+    machine.resident["flaky"] = (epoch, "failed", until)
+    machine.run(500)
+    assert len(machine.loads) == 1
+    load(machine, "flaky")
+    assert len(machine.loads) == 2
+    machine.run(2_000)
+    assert machine.pool.leases["w1", "flaky"].state == "active"
+
+
 def test_an_unloaded_model_stays_out_though_it_is_preloaded_until_somebody_asks() -> None:
     preloaded = msgspec.structs.replace(sized("one", 8), preload=True)
     machine = Machine(10, [preloaded])

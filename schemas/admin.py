@@ -1,0 +1,156 @@
+"""Answers and bodies of the admin API: how models, workers and leases stand, and what may be asked of them.
+
+Times are Unix milliseconds, sizes bytes, durations milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, StringConstraints
+
+from schemas.events import PoolCommandKind
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=500, strip_whitespace=True)]
+
+
+class LeaseView(BaseModel):
+    """A lease that has not ended: the right of a worker to hold a model."""
+
+    pool: str
+    worker: str
+    model: str
+    device: str
+    """Empty where the model takes no memory that is counted."""
+    state: str
+    """`granted`, `loading`, `active`, `draining`, `releasing` or `quarantined`."""
+    bytes: int
+    epoch: int
+    since_ms: int
+    """When it came into this state."""
+    reason: str
+    """Why it is in this state, where somebody said so."""
+
+
+class PriceView(BaseModel):
+    """Money for a million tokens, as decimal strings."""
+
+    input: str
+    output: str
+    cached: str
+    currency: str
+    version: int
+
+
+class ModelView(BaseModel):
+    """A model: how it is configured, and how it stands."""
+
+    id: str
+    aliases: list[str]
+    provider: str
+    backend_tag: str
+    pool: str
+    enabled: bool
+    preload: bool
+    pinned: bool
+    keep_alive_ms: int | None
+    """How long it keeps its memory unused; null until another model wants it."""
+    context_length: int
+    max_concurrency: int
+    bytes: int
+    """Device memory that it is expected to take; 0 where none is counted."""
+    load_ms: int
+    price: PriceView
+    state: str
+    """`active`, `loading`, `draining`, `failed`, `unloaded`, or `unknown` while the pool's scheduler is not heard."""
+    error: str | None
+    """Why it could not be loaded."""
+    asked: Literal["load", "unload"] | None
+    """What an operator asked for that is in force: it is to be loaded, or to stay out until it is called."""
+    queued: int
+    running: int
+    estimated_wait_ms: int | None
+    """Expected wait of a request that comes now; null while nobody can tell."""
+    last_used_ms: int | None
+    leases: list[LeaseView]
+
+
+class ModelViews(BaseModel):
+    """The answer of `GET /admin/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelView]
+
+
+class DeviceView(BaseModel):
+    """Memory of a worker that models share."""
+
+    id: str
+    bytes: int
+    """What models may take together."""
+    held_bytes: int
+    """What leases hold of it."""
+
+
+class ResidentView(BaseModel):
+    """A model on a worker, as the worker tells."""
+
+    model: str
+    state: str
+    device: str
+    epoch: int
+    bytes: int
+    """Memory that it was seen to take; 0 where nobody can tell."""
+    error: str | None
+
+
+class WorkerView(BaseModel):
+    """A worker, by its last heartbeat."""
+
+    id: str
+    pool: str
+    status: Literal["ready", "stopping", "silent"]
+    """`silent` when it was not heard for 6 s."""
+    boot: str
+    heard_ms: int
+    age_ms: int
+    """How long ago that was."""
+    providers: list[str]
+    devices: list[DeviceView]
+    residents: list[ResidentView]
+    running: int
+
+
+class WorkerViews(BaseModel):
+    """The answer of `GET /admin/workers`."""
+
+    object: Literal["list"] = "list"
+    data: list[WorkerView]
+
+
+class LeaseViews(BaseModel):
+    """The answer of `GET /admin/leases`."""
+
+    object: Literal["list"] = "list"
+    data: list[LeaseView]
+
+
+class LeaseRelease(BaseModel):
+    """The body of `POST /admin/leases/release`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    worker: Text
+    model: Text
+    reason: Text
+    """How it is known that the bytes are free; it is kept with the lease."""
+
+
+class WishTaken(BaseModel):
+    """A wish is on its way to the pool's scheduler, which obeys it once, within a minute or not at all."""
+
+    id: str
+    pool: str
+    kind: PoolCommandKind
+    model: str
+    worker: str
