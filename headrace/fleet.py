@@ -19,6 +19,7 @@ from schemas.control import Model
 from schemas.events import LeaseEvent, ModelState, PoolStatus, WorkerStatus
 from topics.catalogue import LEASES, POOL_STATUS, WORKER_STATUS
 from topics.clients import LogReader
+from topics.cluster import Cluster
 
 log = structlog.get_logger(__name__)
 
@@ -168,8 +169,8 @@ def _worker_view(status: WorkerStatus, held: Mapping[tuple[str, str], int], now_
 class FleetReader:
     """Follows the three topics; `fleet` is there once they have been read to their ends."""
 
-    def __init__(self, bootstrap: str, client_id: str) -> None:
-        self._reader = LogReader(bootstrap, f"{client_id}-fleet", max_wait_ms=1000)
+    def __init__(self, cluster: Cluster, client_id: str) -> None:
+        self._reader = LogReader(cluster, f"{client_id}-fleet", max_wait_ms=1000)
         self._fleet = Fleet()
         self._whole = False
 
@@ -220,7 +221,7 @@ class FleetReader:
 @contextlib.asynccontextmanager
 async def followed(settings: Settings) -> AsyncIterator[Fleet]:
     """The fleet for the length of a `with`, read to its end and kept up to date. Raises `KafkaError`."""
-    reader = FleetReader(settings.kafka_bootstrap, settings.instance)
+    reader = FleetReader(settings.kafka, settings.instance)
     try:
         await reader.start()
         task = asyncio.create_task(reader.follow())

@@ -60,7 +60,7 @@ async def not_ready(services: Services) -> dict[str, str]:
                 continue
             if model.id not in status.servable_models:
                 waiting[f"model {model.id}"] = "no worker serves its provider"
-            elif model.preload and model.id not in status.ready_models:
+            elif model.preload and model.id not in (*status.ready_models, *status.wishes.unloaded):
                 reason = status.failed_models.get(model.id)
                 waiting[f"model {model.id}"] = "loading" if reason is None else f"could not be loaded: {reason}"
     return waiting

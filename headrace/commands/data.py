@@ -74,7 +74,7 @@ def run_sql(
     show: Annotated[bool, typer.Option("--list", help="List the named queries.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Ask ClickHouse: usage, requests and request_events hold each fact once."""
+    """Ask ClickHouse: usage, requests, request_events and leases hold each fact once."""
     if show:
         typer.echo(sql.catalogue())
         return

@@ -167,7 +167,7 @@ def _ask(data_dir: Path | None, name: str, wait: bool, wish: Callable[[Fleet, Mo
         conf = resolve(data_dir)
         async with control_client(conf, timeout=10.0) as client:
             model = steer.find((await client.read()).models, name)
-        async with followed(conf) as fleet, Producer(conf.kafka_bootstrap, f"{conf.instance}-steer") as producer:
+        async with followed(conf) as fleet, Producer(conf.kafka, f"{conf.instance}-steer") as producer:
             asked = wish(fleet, model)
             offset = await steer.send(producer, asked)
             if not wait:
@@ -257,7 +257,7 @@ def release(
 
     async def run() -> None:
         conf = resolve(data_dir)
-        async with followed(conf) as fleet, Producer(conf.kafka_bootstrap, f"{conf.instance}-steer") as producer:
+        async with followed(conf) as fleet, Producer(conf.kafka, f"{conf.instance}-steer") as producer:
             asked = steer.release(fleet, worker, model, actor=ACTOR, reason=reason)
             typer.echo(await came_true(fleet, Awaited(asked, await steer.send(producer, asked))))
 

@@ -82,7 +82,7 @@ class PoolRunner:
         self.providers: dict[str, Provider] = {}
         """By name, also those that are gone."""
         self.fail: Callable[[BaseException], None] = lambda error: None
-        self._bootstrap = settings.kafka_bootstrap
+        self._cluster = settings.kafka
         self._producer = producer
         self._outcomes = Outcomes(producer, "scheduler", settings.instance)
         self._recovery = Recovery(settings.kafka, producer, self._outcomes, tails)
@@ -292,7 +292,7 @@ class PoolRunner:
         `seen_ms`: (worker, boot) -> Unix ms of its last heartbeat.
         """
         await asyncio.sleep((policy.WORKER_TIMEOUT_MS + ORPHANED_MS) / 1000)
-        async with LogReader(self._bootstrap, "scheduler-orphans") as reader:
+        async with LogReader(self._cluster, "scheduler-orphans") as reader:
             book = await read_leases(reader)
         for event in orphans.ends(book, self.name, self.state, seen_ms):
             log.info("lease_orphaned", pool=self.name, worker=event.worker, model=event.model, epoch=event.epoch)

@@ -1,0 +1,301 @@
+"""Seeing and steering models, workers and leases on the real stack: admin API and command line, on a real engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import msgspec
+import psutil
+import pytest
+
+from headrace.control_client import command, control_client
+from headrace.fleet import followed
+from schemas.control import Model
+from schemas.events import PoolStatus
+from tests.support.side_worker import SideWorker
+from tests.support.stacks import NO_TLS, Stack, running_stack
+from tests.support.waiting import until
+from topics.apply import apply_all
+
+GIB = 2**30
+MODEL = "smollm2"
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
+    """A stack of its own: its model comes and goes, and its scheduler is killed."""
+    with running_stack(tmp_path_factory.mktemp("steered"), upstream_url, small_model=True) as stack:
+        yield stack
+
+
+@pytest.fixture
+async def admin(steered: Stack) -> AsyncIterator[httpx.AsyncClient]:
+    async with _client(steered, steered.key) as client:
+        yield client
+
+
+def _client(stack: Stack, key: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=stack.base_url, headers={"authorization": f"Bearer {key}"}, timeout=60, verify=NO_TLS
+    )
+
+
+async def model(admin: httpx.AsyncClient, name: str = MODEL) -> dict[str, Any]:
+    answer = await admin.get(f"/admin/models/{name}")
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def becomes(admin: httpx.AsyncClient, state: str, name: str = MODEL) -> dict[str, Any]:
+    """Wait until a model is in a state."""
+
+    async def look() -> dict[str, Any] | None:
+        found = await model(admin, name)
+        return found if found["state"] == state else None
+
+    return await until(look, f"{name} is {state}", 60)
+
+
+def engines(stack: Stack) -> list[psutil.Process]:
+    """The processes of llama.cpp."""
+    return [process for process in stack.process.tree() if "llama_child" in " ".join(process.cmdline())]
+
+
+async def ask(admin: httpx.AsyncClient) -> httpx.Response:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    return await admin.post("/v1/chat/completions", json=body)
+
+
+async def test_only_admins_may_see_and_steer(steered: Stack, admin: httpx.AsyncClient) -> None:
+    made = steered.run("keys", "create", "--name", "member")
+    routes = [
+        ("GET", "/admin/models"), ("GET", f"/admin/models/{MODEL}"), ("POST", f"/admin/models/{MODEL}/load"),
+        ("POST", f"/admin/models/{MODEL}/unload"), ("POST", f"/admin/models/{MODEL}/pin"),
+        ("POST", f"/admin/models/{MODEL}/unpin"), ("GET", "/admin/workers"), ("GET", "/admin/leases"),
+        ("POST", "/admin/leases/release"),
+    ]  # fmt: skip
+    body = {"worker": "w1", "model": MODEL, "reason": "x"}
+    async with _client(steered, made.stdout.strip()) as member:
+        for method, path in routes:
+            answer = await member.request(method, path, json=body if path.endswith("release") else None)
+            assert answer.status_code == 403, path
+            assert answer.json() == {
+                "error": {
+                    "message": "This needs a key of role 'admin'.", "type": "permission_error", "param": None,
+                    "code": "permission_denied",
+                }
+            }  # fmt: skip
+    described = (await admin.get("/openapi.json")).json()["paths"]
+    documented = {(method.upper(), path) for path, methods in described.items() for method in methods}
+    assert {(method, path.replace(MODEL, "{model_id}")) for method, path in routes} <= documented
+    assert (await model(admin))["state"] == "active", "nothing of it was done"
+
+
+async def test_what_is_not_there_is_told(admin: httpx.AsyncClient) -> None:
+    for method, path in (("GET", "/admin/models/no/such"), ("POST", "/admin/models/no/such/load")):
+        answer = await admin.request(method, path)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    release = {"worker": "w9", "model": MODEL, "reason": "x"}
+    answer = await admin.post("/admin/leases/release", json=release)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    answer = await admin.post("/admin/leases/release", json=release | {"worker": "w1"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
+    answer = await admin.post("/admin/leases/release", json={"worker": "w1", "model": MODEL})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "body.reason")
+
+
+async def test_a_model_is_seen_with_its_worker_and_lease(admin: httpx.AsyncClient) -> None:
+    assert (await ask(admin)).status_code == 200
+    found = await until(lambda: _used(admin), "its use is told")
+    [lease] = found["leases"]
+    assert (found["state"], found["queued"], found["asked"], found["error"]) == ("active", 0, None, None)
+    assert found["aliases"] == ["gpt-4o-mini"] and found["price"]["output"] == "0.40"
+    assert (await model(admin, "gpt-4o-mini"))["id"] == MODEL
+    assert (lease["worker"], lease["state"]) == ("w1", "active")
+    [worker] = (await admin.get("/admin/workers")).json()["data"]
+    assert (worker["id"], worker["status"], worker["pool"]) == ("w1", "ready", "default")
+    assert worker["age_ms"] < 6_000
+    [held] = [held for held in worker["residents"] if held["model"] == MODEL]
+    assert (held["state"], held["epoch"]) == ("active", lease["epoch"])
+    assert lease in (await admin.get("/admin/leases")).json()["data"]
+    listed = (await admin.get("/admin/models")).json()
+    assert listed["object"] == "list" and MODEL in {one["id"] for one in listed["data"]}
+    disabled = [one for one in listed["data"] if one["state"] == "unknown"]
+    assert not disabled, "the scheduler tells of every model"
+
+
+async def _used(admin: httpx.AsyncClient) -> dict[str, Any] | None:
+    found = await model(admin)
+    return found if found["last_used_ms"] and found["running"] == 0 else None
+
+
+async def test_a_model_is_unloaded_and_comes_back_with_a_request_or_a_load(
+    steered: Stack, admin: httpx.AsyncClient
+) -> None:
+    before = (await becomes(admin, "active"))["leases"][0]["epoch"]
+    assert len(engines(steered)) == 1
+    answer = await admin.post(f"/admin/models/{MODEL}/unload")
+    assert answer.status_code == 202
+    taken = answer.json()
+    assert (taken["kind"], taken["model"], taken["pool"], len(taken["id"])) == ("unload", MODEL, "default", 32)
+    found = await becomes(admin, "unloaded")
+    assert (found["leases"], found["asked"]) == ([], "unload")
+    await until(lambda: not engines(steered), "its engine is gone")
+    assert (await admin.get("/health/ready")).status_code == 200, "a model that is to be out is not waited for"
+    assert (await ask(admin)).status_code == 200, "who asks for it has it loaded"
+    found = await becomes(admin, "active")
+    assert found["asked"] is None and found["leases"][0]["epoch"] > before
+    assert len(engines(steered)) == 1
+    ran = steered.run("models", "unload", MODEL, "--reason", "test")
+    assert ran.returncode == 0 and ran.stdout.startswith(f"{MODEL} is unloaded after "), ran.stdout + ran.stderr
+    assert not engines(steered)
+    assert (await admin.post(f"/admin/models/{MODEL}/load")).status_code == 202
+    await becomes(admin, "active")
+    assert len(engines(steered)) == 1
+    rows = await until(
+        lambda: steered.rows(f"SELECT reason, seconds FROM leases WHERE model = '{MODEL}' AND state = 'free'")  # noqa: S608
+        [1:], "both leases that ended are in ClickHouse")  # fmt: skip
+    assert "unloaded by headrace command line: test" in {row["reason"] for row in rows} | _reasons(steered)
+
+
+def _reasons(stack: Stack) -> set[object]:
+    return {row["reason"] for row in stack.rows(f"SELECT reason FROM leases WHERE model = '{MODEL}'")}  # noqa: S608
+
+
+async def test_a_wish_is_obeyed_once_also_across_a_takeover(steered: Stack, admin: httpx.AsyncClient) -> None:
+    assert steered.run("models", "unload", MODEL).returncode == 0
+    await _another_scheduler(steered)
+    found = await model(admin)
+    assert (found["state"], found["asked"]) == ("unloaded", "unload"), "the next scheduler does not preload it"
+    ran = steered.run("models", "load", "gpt-4o-mini")
+    assert ran.returncode == 0 and ran.stdout.startswith(f"{MODEL} is loaded after "), ran.stdout + ran.stderr
+    before = await becomes(admin, "active")
+    await _another_scheduler(steered)
+    after = await becomes(admin, "active")
+    assert [lease["epoch"] for lease in after["leases"]] == [lease["epoch"] for lease in before["leases"]]
+
+
+async def _another_scheduler(stack: Stack) -> None:
+    """Kill the scheduler; return when the next one has heard from the worker and read all wishes."""
+    async with followed(stack.settings) as fleet:
+        term = fleet.pools["default"].term
+        await stack.killed("scheduler")
+
+        def settled() -> PoolStatus | None:
+            status = fleet.pools["default"]
+            return status if status.term > term and status.workers else None
+
+        first = await until(settled, "another scheduler has the pool", 60)
+        await until(lambda: fleet.pools["default"].at_ms > first.at_ms + 3_000, "it has worked for a while", 30)
+
+
+async def test_a_pinned_model_is_not_unloaded_until_it_is_unpinned(steered: Stack, admin: httpx.AsyncClient) -> None:
+    answer = await admin.post(f"/admin/models/{MODEL}/pin")
+    assert (answer.status_code, answer.json()["pinned"]) == (200, True)
+    await until(lambda: _pinned(admin, True), "it is in force")
+    answer = await admin.post(f"/admin/models/{MODEL}/unload")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "conflict")
+    ran = steered.run("models", "unload", MODEL)
+    assert (ran.returncode, ran.stderr.strip()) == (1, f"error: The model '{MODEL}' is pinned; unpin it first.")
+    assert steered.run("models", "unpin", MODEL).stdout.strip() == f"unpinned {MODEL}"
+    assert steered.run("models", "unpin", MODEL).stdout.strip() == f"{MODEL} was unpinned before"
+    await until(lambda: _pinned(admin, False), "it is in force")
+
+
+async def _pinned(admin: httpx.AsyncClient, wanted: bool) -> bool:
+    return bool((await model(admin))["pinned"] is wanted)
+
+
+def test_the_command_line_shows_what_the_api_shows(steered: Stack) -> None:
+    shown = steered.run("models", "list")
+    assert shown.returncode == 0 and MODEL in shown.stdout and "0.10 USD" in shown.stdout, shown.stderr
+    [listed] = [one for one in json.loads(steered.run("models", "list", "--json").stdout) if one["id"] == MODEL]
+    one = json.loads(steered.run("models", "show", MODEL, "--json").stdout)
+    assert one.keys() == listed.keys() and one["leases"] == listed["leases"]
+    text = steered.run("models", "show", "gpt-4o-mini").stdout
+    assert f"model      {MODEL}" in text and "w1" in text
+    [worker] = json.loads(steered.run("workers", "--json").stdout)
+    assert worker["id"] == "w1"
+    assert "ready" in steered.run("workers").stdout
+    assert one["leases"][0] in json.loads(steered.run("leases", "--json").stdout)
+    assert MODEL in steered.run("leases").stdout
+    ran = steered.run("leases", "release", "w1", MODEL, "--reason", "test")
+    assert ran.returncode == 1 and "only quarantined bytes are released" in ran.stderr
+    ran = steered.run("models", "show", "nope")
+    assert (ran.returncode, ran.stderr.strip()) == (1, "error: There is no model 'nope'.")
+
+
+async def test_weights_of_apps_are_in_force(steered: Stack) -> None:
+    assert steered.run("apps", "create", "heavy", "--weight", "4").returncode == 0
+    assert steered.run("apps", "update", "heavy", "--weight", "2.5").stdout.strip() == "updated app heavy"
+    assert "2.5" in steered.run("apps", "list").stdout
+    ran = steered.run("apps", "update", "nobody", "--weight", "2")
+    assert ran.returncode == 1 and "there is no app 'nobody'" in ran.stderr
+    assert steered.run("apps", "update", "heavy", "--weight", "0").returncode == 2
+
+
+# --- a quarantine, on a worker whose memory never seems to come back ----------------------------------------------
+
+
+@asynccontextmanager
+async def side_pool(stack: Stack) -> AsyncIterator[SideWorker]:
+    """A pool with one worker of 10 GiB, and two models of 8 GiB."""
+    conf = stack.settings
+    await apply_all(conf, workers=["side"])
+    async with control_client(conf, timeout=20) as client:
+        sides = [
+            Model(name, "local", "x", pool="side", preload=False, bytes=8 * GIB, load_ms=100) for name in ("old", "new")
+        ]
+        await client.submit([command(side, actor="test") for side in sides])
+        async with SideWorker(conf, "side", pool="side", provider="local", size=10 * GIB) as worker:
+            yield worker
+        gone = [msgspec.structs.replace(side, enabled=False) for side in sides]
+        await client.submit([command(side, actor="test") for side in gone])
+
+
+async def test_quarantined_bytes_are_granted_again_on_an_operators_word(
+    steered: Stack, admin: httpx.AsyncClient
+) -> None:
+    async with side_pool(steered) as worker:
+        assert await _loaded(steered, admin, "old")
+        worker.keeps_showing = "old"
+        assert (await admin.post("/admin/models/old/unload")).status_code == 202
+        lease = await until(lambda: _lease(admin, "old", "quarantined"), "the bytes are quarantined", 60)
+        assert (lease["bytes"], lease["device"], lease["worker"]) == (8 * GIB, "d0", "side")
+        [side] = [one for one in (await admin.get("/admin/workers")).json()["data"] if one["id"] == "side"]
+        assert side["devices"] == [{"id": "d0", "bytes": 10 * GIB, "held_bytes": 8 * GIB}]
+        assert steered.run("models", "load", "new", "--no-wait").returncode == 0
+        said = {"worker": "side", "model": "old", "reason": "seen in nvidia-smi"}
+        answer = await admin.post("/admin/leases/release", json=said)
+        assert answer.status_code == 202, answer.text
+        assert await until(lambda: _lease(admin, "new", "active"), "the other model has the memory")
+        assert "old" in worker.residents, "though the worker still shows the first"
+    [row] = await until(
+        lambda: steered.rows("SELECT device, bytes, byte_seconds, reason FROM leases WHERE model = 'old'"),
+        "the lease is in ClickHouse",
+    )
+    assert (row["device"], row["bytes"]) == ("d0", 8 * GIB)
+    assert str(row["reason"]).startswith("released by key key-admin") and "seen in nvidia-smi" in str(row["reason"])
+    assert float(str(row["byte_seconds"])) > 30 * 8 * GIB, "it was held for the half minute of the quarantine"
+
+
+async def _loaded(stack: Stack, admin: httpx.AsyncClient, name: str) -> bool:
+    await until(lambda: _told(admin, name), "the pool has its scheduler and worker", 60)
+    ran = stack.run("models", "load", name)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return (await model(admin, name))["state"] == "active"
+
+
+async def _told(admin: httpx.AsyncClient, name: str) -> bool:
+    workers = {one["id"] for one in (await admin.get("/admin/workers")).json()["data"]}
+    return "side" in workers and (await model(admin, name))["state"] != "unknown"
+
+
+async def _lease(admin: httpx.AsyncClient, name: str, state: str) -> dict[str, Any] | None:
+    found: list[dict[str, Any]] = (await admin.get("/admin/leases")).json()["data"]
+    return next((one for one in found if (one["model"], one["state"]) == (name, state)), None)
