@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
+import msgspec
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.records_to_delete import RecordsToDelete
 
+from clickhouse import tables as clickhouse_tables
+from clickhouse.client import connect
 from clickhouse.migrate import migrate
 from clickhouse.rebuild import rebuild
+from clickhouse.rows import lease_row
 from headrace import ledger_snapshot
 from headrace.settings import Settings
-from schemas.events import AttemptOpened, Status
+from schemas.events import AttemptOpened, LeaseEvent, Status
 from schemas.ids import new_request_id
 from tests.support.projections import (
     TENANT,
@@ -27,10 +32,11 @@ from tests.support.projections import (
     settled,
     terminal,
 )
+from topics.catalogue import LEASES
 from topics.clients import Producer
 from topics.envelope import Envelope
 
-TABLES = ("requests", "request_events", "usage", "request_attempts")
+TABLES = ("requests", "request_events", "usage", "request_attempts", "lease_events")
 
 
 def everything(conf: Settings) -> dict[str, list[tuple[object, ...]]]:
@@ -108,3 +114,39 @@ async def test_the_ledger_finds_a_terminal_without_usage(infra: Settings, produc
     assert request_id not in metered.without_usage
     assert metered.balanced
     assert metered.usage_rows - before.usage_rows == 1
+
+
+async def test_leases_are_rebuilt_and_those_that_kafka_compacted_away_are_kept(
+    conf: Settings, producer: Producer
+) -> None:
+    pool = f"pool-{new_request_id()[-8:]}"
+    granted = LeaseEvent("w1:m", pool, 1, "w1", "m", "granted", now_ms() - 60_000, bytes=5, device="d0")
+    written = await producer.send(LEASES.name, msgspec.json.encode(granted), key="w1:m/1")
+    freed = msgspec.structs.replace(granted, state="free", epoch=written.offset, at_ms=now_ms(), reason="done")
+    await producer.send(LEASES.name, msgspec.json.encode(freed), key="w1:m/1")
+    old = msgspec.structs.replace(granted, lease_id="w1:old", model="old")
+    table = clickhouse_tables.LEASE_EVENTS
+    client = await connect(conf)
+    gone = _Gone(LEASES.name, 0, 2**40, now_ms(), msgspec.json.encode(old))
+    await client.insert(
+        f"{conf.clickhouse_database}.{table.name}", [lease_row(old, gone)], column_names=table.names,
+        column_type_names=table.types,
+    )  # fmt: skip
+    await client.close()
+    held = f"SELECT model, device, bytes, reason FROM leases WHERE pool = '{pool}' ORDER BY model"
+    report = await rebuild(conf)
+    assert ask(conf, held) == [("m", "d0", 5, "done"), ("old", "d0", 5, "")]
+    assert (report.rows["lease_events"] >= 2, report.carried["lease_events"]) == (True, 1)
+    await rebuild(conf, from_scratch=True)
+    assert ask(conf, held) == [("m", "d0", 5, "done")]
+
+
+@dataclass(frozen=True)
+class _Gone:
+    """A record that Kafka no longer holds."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    value: bytes | None

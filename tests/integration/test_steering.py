@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -12,10 +13,12 @@ import msgspec
 import psutil
 import pytest
 
+from bench.gateway.spec import Spec
 from headrace.control_client import command, control_client
 from headrace.fleet import followed
 from schemas.control import Model
 from schemas.events import PoolStatus
+from tests.support.chat import body
 from tests.support.side_worker import SideWorker
 from tests.support.stacks import NO_TLS, Stack, running_stack
 from tests.support.waiting import until
@@ -237,6 +240,31 @@ async def test_weights_of_apps_are_in_force(steered: Stack) -> None:
     ran = steered.run("apps", "update", "nobody", "--weight", "2")
     assert ran.returncode == 1 and "there is no app 'nobody'" in ran.stderr
     assert steered.run("apps", "update", "heavy", "--weight", "0").returncode == 2
+    assert steered.run("apps", "update", "heavy", "--weight", "4").returncode == 0
+    heavy = steered.run("keys", "create", "--name", "heavy", "--app", "heavy").stdout.strip()
+    served: list[str] = []
+
+    async def ask_narrow(client: httpx.AsyncClient, tenant: str, spec: Spec) -> None:
+        answer = await client.post("/v1/chat/completions", json=body(spec, model="narrow"))
+        assert answer.status_code == 200, answer.text
+        served.append(tenant)
+
+    async with _client(steered, heavy) as one, _client(steered, steered.key) as other:
+        # The first one holds the only slot until all others wait.
+        first = asyncio.create_task(ask_narrow(one, "first", Spec(tokens=40, interval_ms=50)))
+        await until(lambda: _running(other, 1, 0), "it runs")
+        brief = Spec(tokens=20, interval_ms=1)
+        rest = [asyncio.create_task(ask_narrow(*who, brief)) for who in ((one, "heavy"), (other, "light")) * 12]
+        await until(lambda: _running(other, 1, 24), "the others wait")
+        await asyncio.gather(first, *rest)
+    # By the counters, heavy is served four times for each of light's; both have enough waiting for the first ten.
+    assert served[0] == "first"
+    assert 7 <= served[1:11].count("heavy") <= 9, served
+
+
+async def _running(admin: httpx.AsyncClient, running: int, queued: int) -> bool:
+    found = await model(admin, "narrow")
+    return (found["running"], found["queued"]) == (running, queued)
 
 
 # --- a quarantine, on a worker whose memory never seems to come back ----------------------------------------------
@@ -280,7 +308,7 @@ async def test_quarantined_bytes_are_granted_again_on_an_operators_word(
         "the lease is in ClickHouse",
     )
     assert (row["device"], row["bytes"]) == ("d0", 8 * GIB)
-    assert str(row["reason"]).startswith("released by key key-admin") and "seen in nvidia-smi" in str(row["reason"])
+    assert str(row["reason"]).startswith("released by key admin-") and "seen in nvidia-smi" in str(row["reason"])
     assert float(str(row["byte_seconds"])) > 30 * 8 * GIB, "it was held for the half minute of the quarantine"
 
 
