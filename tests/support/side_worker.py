@@ -25,7 +25,7 @@ class SideWorker:
         self.keeps_showing: str | None = None
         """A model that is shown as `unloading` for ever once it was told to go."""
         self._status = WorkerStatus(
-            name, f"{name}-{time.time_ns()}", pool, -1, 0, [provider], devices=[Device("d0", size)]
+            name, f"{name}-{time.time_ns()}", pool, -1, 0, [provider], devices=[Device("d0", size, [provider])]
         )
         self._reader = LogReader(conf.kafka_bootstrap, name)
         self._producer = Producer(conf.kafka_bootstrap, name)
@@ -57,8 +57,8 @@ class SideWorker:
 
     def _obey(self, command: Command) -> None:
         match command:
-            case TermCommand(term):
-                self._status.term = term
+            case TermCommand(term=term, fence=fence):
+                self._status.term, self._status.fence = term, fence
             case LoadCommand(epoch=epoch, model=model, device=device):
                 self.residents[model.id] = Resident(model.id, epoch, "active", model.bytes, device=device)
             case UnloadCommand(epoch=epoch, model=model):

@@ -187,7 +187,7 @@ def test_the_next_scheduler_knows_what_was_asked() -> None:
     wishes.restore(heir, told)
     epoch = machine.resident["old"][0]
     shown = WorkerStatus(
-        "w1", "b1", "default", TERM + 1, machine.now, providers=["p"], devices=[Device("d", 10)],
+        "w1", "b1", "default", TERM + 1, machine.now, providers=["p"], devices=[Device("d", 10, ["p"])],
         resident=[Resident("old", epoch, "unloading", 8, device="d")],
     )  # fmt: skip
     actions = step(heir, messages.WorkerSeen(shown), machine.now)
