@@ -195,6 +195,10 @@ def _check_model(state: ControlState, key: str, model: Model) -> None:
         model.default_max_tokens is None or 1 <= model.default_max_tokens < model.context_length,
         f"{who}: default_max_tokens must be at least 1 and below context_length",
     )
+    _check(
+        min(model.bytes, model.load_ms, model.keep_alive_ms or 0) >= 0,
+        f"{who}: bytes, load_ms and keep_alive_ms must not be negative",
+    )
     amounts = (model.price.input, model.price.output, model.price.cached)
     _check(all(amount.is_finite() and amount >= 0 for amount in amounts), f"{who}: a price is negative or no number")
     if not model.enabled:

@@ -187,7 +187,7 @@ async def _another_scheduler(stack: Stack) -> None:
     """Kill the scheduler; return when the next one has heard from the worker and read all wishes."""
     async with followed(stack.settings) as fleet:
         term = fleet.pools["default"].term
-        await stack.killed("scheduler")
+        await stack.killed("scheduler-1")
 
         def settled() -> PoolStatus | None:
             status = fleet.pools["default"]

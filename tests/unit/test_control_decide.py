@@ -142,6 +142,16 @@ def test_a_key_needs_an_app_known_models_and_its_own_digest(state: ControlState)
     assert "is used by key 'bob'" in refusal(state, delete("apps", "default"))
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, 0.001, 101.0])
+def test_a_weight_that_starves_or_takes_all_is_refused(state: ControlState, weight: float) -> None:
+    assert "weight must be 0.01 to 100" in refusal(state, put("apps", "a", App("a", "A", weight=weight)))
+
+
+def test_an_app_has_its_weight(state: ControlState) -> None:
+    take(state, put("apps", "a", App("a", "A", weight=2.5)))
+    assert state.apps["a"].weight == 2.5
+
+
 def test_a_key_can_be_revoked_when_its_model_is_gone(state: ControlState) -> None:
     take(state, put("keys", SHA, msgspec.structs.replace(KEY, allowed_models=("small",))))
     take(state, delete("models", "small"))
@@ -158,6 +168,9 @@ def test_a_key_can_be_revoked_when_its_model_is_gone(state: ControlState) -> Non
         ({"backend_tag": ""}, "backend_tag"),
         ({"aliases": ("x", "x")}, "an alias stands twice"),
         ({"id": "elsewhere"}, "its id is 'elsewhere'"),
+        ({"bytes": -1}, "bytes, load_ms and keep_alive_ms"),
+        ({"load_ms": -1}, "bytes, load_ms and keep_alive_ms"),
+        ({"keep_alive_ms": -1}, "bytes, load_ms and keep_alive_ms"),
         ({"price": Price(0, input=Decimal(-1), output=Decimal(0), cached=Decimal(0))}, "a price is negative"),
     ],
 )
