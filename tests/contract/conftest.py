@@ -1,4 +1,4 @@
-"""What contract tests share: an engine of each kind, a Valkey, a ClickHouse; and what the summary of a run says of them."""
+"""What contract tests share: engines, a Valkey and a ClickHouse; and what the summary of a run says of them."""
 
 from __future__ import annotations
 

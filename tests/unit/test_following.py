@@ -66,7 +66,7 @@ def log() -> Log:
 @pytest.fixture
 def services(log: Log) -> Services:
     made = SimpleNamespace(
-        lookup=log, replies=Replies(), draining=asyncio.Event(), settings=SimpleNamespace(kafka_bootstrap="unused")
+        lookup=log, replies=Replies(), draining=asyncio.Event(), settings=SimpleNamespace(kafka="unused")
     )
     return cast(Services, made)
 
@@ -88,7 +88,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch, replay: Any) -> None:
 async def test_a_replay_that_breaks_off_is_begun_again(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     tries = 0
 
-    async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
+    async def replay(cluster: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
         nonlocal tries
         tries += 1
         if tries == 1:
@@ -111,7 +111,7 @@ async def test_frames_that_the_end_overtook_are_read_first(
 ) -> None:
     asked: list[tuple[int, int]] = []
 
-    async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
+    async def replay(cluster: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
         asked.append((partition, since_ms))
         yield Replayed([text(seq) for seq in range(1, 5)], caught_up=False)
         yield Replayed([text(5), terminal_frame(5)], caught_up=True)
@@ -137,7 +137,7 @@ async def test_frames_are_lost_only_when_all_that_is_kept_was_read(
 ) -> None:
     read = asyncio.Event()
 
-    async def replay(bootstrap: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
+    async def replay(cluster: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
         yield Replayed([], caught_up=False)
         await read.wait()
         yield Replayed([], caught_up=True)

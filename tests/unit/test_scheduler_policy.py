@@ -501,14 +501,14 @@ def test_a_model_that_is_removed_while_its_grant_is_written_is_not_loaded() -> N
     assert not pool.leases
 
 
-@pytest.mark.parametrize(("devices", "granted"), [([], 0), ([Device("d", 10)], 8)])
+@pytest.mark.parametrize(("devices", "granted"), [([], 0), ([Device("d", 10, ["p"])], 8)])
 def test_a_lease_that_loads_shows_the_bytes_that_it_was_granted(devices: list[Device], granted: int) -> None:
-    pool = Pool(term=TERM, models={"one": _sized("one", 8)})
+    pool = Pool(term=TERM, models={"one": sized("one", 8)})
     step(pool, messages.Arrived(Request("r", "t", "one", 0, 10**9)), 0)
     step(pool, messages.WorkerSeen(WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], devices=devices)), 0)
     assert step(pool, messages.LeaseGranted("w1", "one", 9), 0) == [
         messages.Load("w1", "b1", "one", 9, "d" if devices else ""),
-        messages.LeaseMoved("w1", "b1", "one", 9, "loading", granted),
+        messages.LeaseMoved("w1", "b1", "one", 9, "loading", granted, device="d" if devices else ""),
     ]
 
 
