@@ -27,8 +27,8 @@ class SideWorker:
         self._status = WorkerStatus(
             name, f"{name}-{time.time_ns()}", pool, -1, 0, [provider], devices=[Device("d0", size, [provider])]
         )
-        self._reader = LogReader(conf.kafka_bootstrap, name)
-        self._producer = Producer(conf.kafka_bootstrap, name)
+        self._reader = LogReader(conf.kafka, name)
+        self._producer = Producer(conf.kafka, name)
         self._topic = worker_commands(name)
 
     async def __aenter__(self) -> SideWorker:
