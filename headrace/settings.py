@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, FilePath, SecretStr, model_validator
+from pydantic import ByteSize, Field, FilePath, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from topics.cluster import Cluster, SaslMechanism, SecurityProtocol
@@ -71,6 +71,10 @@ class Settings(BaseSettings):
     """Comma-separated names of the providers this worker serves; `*` means all."""
     pool: str = "default"
     """Pool of workers that one scheduler serves."""
+    worker_memory: ByteSize | None = None
+    """Most that this worker's models may take of each device, such as `12 GiB`; None leaves all but the reserve."""
+    worker_memory_reserve: ByteSize | None = None
+    """What they leave free of each device; None for 5 %, at least 256 MiB."""
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"

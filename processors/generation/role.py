@@ -15,6 +15,7 @@ from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.generation.bodies import Bodies
 from processors.generation.frames_out import FrameWriter
+from processors.generation.memory import Memory
 from processors.generation.providers.factory import make_provider
 from processors.generation.worker import Worker
 from schemas.events import Command
@@ -27,6 +28,7 @@ from topics.outcomes import Outcomes
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_S = 1.0
+LOOK_S = 1.0
 _command: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 
 
@@ -45,6 +47,7 @@ class Role:
             settings.pool,
             uuid_utils.uuid7().hex,
             make_provider,
+            Memory(settings),
             FrameWriter(producer, self.agent.fail),
             Outcomes(producer, "worker", settings.instance),
             self.bodies,
@@ -65,18 +68,25 @@ class Role:
         """Report at each change and each second, for ever. Raises `KafkaError`."""
         while True:
             self.worker.changed.clear()
-            self._follow_registry()
             await self._producer.send(
                 WORKER_STATUS.name, msgspec.json.encode(self.worker.status()), key=self._settings.worker_id
             )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.worker.changed.wait(), HEARTBEAT_S)
 
-    def _follow_registry(self) -> None:
-        with contextlib.suppress(Unavailable):
-            wanted = {name.strip() for name in self._settings.worker_providers.split(",")}
-            known = self._registry.snapshot.providers
-            self.worker.providers = sorted(name for name in known if "*" in wanted or name in wanted)
+    async def watch(self) -> None:
+        """Follow the registry, and look at the memory each second, for ever."""
+        wanted = {name.strip() for name in self._settings.worker_providers.split(",")}
+        while True:
+            with contextlib.suppress(Unavailable):
+                known = self._registry.snapshot
+                served = [one for name, one in known.providers.items() if "*" in wanted or name in wanted]
+                models = [one for one in known.models.values() if one.pool == self._settings.pool]
+                before = self.worker.providers
+                await self.worker.follow(served, models)
+                if self.worker.providers != before:
+                    self.worker.changed.set()
+            await asyncio.sleep(LOOK_S)
 
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
@@ -86,10 +96,11 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
         role = Role(settings, producer, registry)
-        heart = asyncio.create_task(role.heartbeat())
-        heart.add_done_callback(
-            lambda done: None if done.cancelled() else role.agent.fail(done.exception() or RuntimeError("heart"))
-        )
+        beside = [asyncio.create_task(role.heartbeat()), asyncio.create_task(role.watch())]
+        for task in beside:
+            task.add_done_callback(
+                lambda done: None if done.cancelled() else role.agent.fail(done.exception() or RuntimeError("ended"))
+            )
         drained = asyncio.Event()
         leaving = asyncio.create_task(_drain_first(stop, role.worker, settings.drain_timeout, drained))
         try:
@@ -98,8 +109,9 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             leaving.cancel()
             if not drained.is_set():
                 await role.worker.drain(0)
-            heart.cancel()
-            await asyncio.gather(heart, leaving, return_exceptions=True)
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, leaving, return_exceptions=True)
             await role.bodies.close()
             await registry.stop()
             await client.aclose()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import structlog
@@ -16,6 +16,7 @@ from headrace.errors import HeadraceError, ProviderError
 from processors.generation.attempt import Attempt, unable
 from processors.generation.bodies import Bodies
 from processors.generation.frames_out import FrameWriter
+from processors.generation.memory import Memory
 from processors.generation.providers.base import Provider
 from schemas import control
 from schemas.events import (
@@ -52,7 +53,6 @@ class _Held:
         self.device = command.device
         self.provider = provider
         self.state = "loading"
-        self.bytes = 0
         self.error = ""
         self.settled = asyncio.Event()
         """Set unless the model is being loaded."""
@@ -74,6 +74,7 @@ class Worker:
         pool: str,
         boot: str,
         make_provider: MakeProvider,
+        memory: Memory,
         writer: FrameWriter,
         outcomes: Outcomes,
         bodies: Bodies,
@@ -83,6 +84,7 @@ class Worker:
         self.boot = boot
         self.providers: list[str] = []
         """Names of the providers that this worker serves; follows the registry."""
+        self.memory = memory
         self.changed = asyncio.Event()
         """Set when the next heartbeat should not wait."""
         self._pool = pool
@@ -95,6 +97,9 @@ class Worker:
         self._fence = 0
         self._stopping = False
         self._made: dict[str, tuple[control.Provider, Provider]] = {}
+        self._retired: list[Provider] = []
+        """Of records that have changed since; they are closed when they hold no model any more."""
+        self._unusable: dict[str, control.Provider] = {}
         self._held: dict[str, _Held] = {}
         self._running: dict[str, Attempt] = {}
         self._ended: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -130,11 +135,18 @@ class Worker:
         known = self._made.get(record.name)
         if known is not None and known[0] == record:
             return known[1]
-        if known is not None:
-            self._spawn(known[1].close())
         made = self._make_provider(record)
+        if known is not None:
+            self._retired.append(known[1])
+            self._close_retired()
         self._made[record.name] = (record, made)
         return made
+
+    def _close_retired(self) -> None:
+        in_use = {id(held.provider) for held in self._held.values()}
+        for provider in [retired for retired in self._retired if id(retired) not in in_use]:
+            self._retired.remove(provider)
+            self._spawn(provider.close())
 
     def _load(self, command: LoadCommand) -> None:
         known = self._held.get(command.model.id)
@@ -155,10 +167,13 @@ class Worker:
     async def _bring(self, held: _Held, provider: Provider) -> None:
         began = time.monotonic()
         try:
-            held.bytes = (await provider.load(held.model, held.device)).bytes
+            if held.device:
+                await self.memory.check_room(held.model.id, held.device)
+            loaded = await provider.load(held.model, held.device)
+            await self.memory.loaded(provider.name, held.device, loaded)
             held.settle("active")
             metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
-            log.info("model_loaded", model=held.model.id, epoch=held.epoch, bytes=held.bytes)
+            log.info("model_loaded", model=held.model.id, epoch=held.epoch, device=held.device, bytes=loaded.bytes)
         except HeadraceError as error:
             held.settle("failed", error.message)
             log.error("model_load_failed", model=held.model.id, epoch=held.epoch, error=error.message)
@@ -177,7 +192,7 @@ class Worker:
         await held.settled.wait()
         while held.provider is not None:
             try:
-                await held.provider.unload(held.model)
+                await self.memory.unload(held.model, held.provider, held.device)
                 break
             except HeadraceError as error:
                 # The scheduler holds the bytes for lost meanwhile; running streams of other models go on.
@@ -185,6 +200,7 @@ class Worker:
                 await asyncio.sleep(UNLOAD_AGAIN_S)
         if self._held.get(held.model.id) is held:
             del self._held[held.model.id]
+        self._close_retired()
         log.info("model_unloaded", model=held.model.id, epoch=held.epoch)
         self.changed.set()
 
@@ -256,6 +272,23 @@ class Worker:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
 
+    # --- following --------------------------------------------------------------------------------------------
+
+    async def follow(self, providers: Collection[control.Provider], models: Collection[control.Model]) -> None:
+        """Serve these providers, and look at the memory of what they hold; `models` are those of the pool."""
+        for record in providers:
+            try:
+                self._provider(record)
+            except HeadraceError as error:
+                if self._unusable.get(record.name) != record:  # Whoever asks for its models is told each time.
+                    self._unusable[record.name] = record
+                    log.error("provider_unusable", provider=record.name, error=error.message)
+        names = {record.name for record in providers}
+        served = {name: made for name, made in self._made.items() if name in names}
+        leases = {model: held.device for model, held in self._held.items() if held.state != "failed"}
+        await self.memory.look(served, [model for model in models if model.provider in served], leases)
+        self.providers = sorted(names)
+
     # --- reporting --------------------------------------------------------------------------------------------
 
     def status(self) -> WorkerStatus:
@@ -268,7 +301,7 @@ class Worker:
             at_ms=now_ms(),
             providers=list(self.providers),
             resident=[
-                Resident(model_id, held.epoch, held.state, held.bytes, held.error, held.device)
+                Resident(model_id, held.epoch, held.state, self.memory.peak(model_id), held.error, held.device)
                 for model_id, held in self._held.items()
             ],
             running=[
@@ -277,6 +310,8 @@ class Worker:
             ],
             stopping=self._stopping,
             fence=self._fence,
+            devices=self.memory.devices,
+            needs=self.memory.needs,
         )
 
     # --- leaving ----------------------------------------------------------------------------------------------
@@ -295,5 +330,5 @@ class Worker:
             attempt.cancel(CancelCommand(self._term, request_id, "The worker is stopping."))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
-        for _, provider in self._made.values():
+        for provider in [*(made for _, made in self._made.values()), *self._retired]:
             await provider.close()

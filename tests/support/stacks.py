@@ -149,21 +149,32 @@ class Process:
 class Stack:
     """A running `headrace up` on a data directory, before an upstream whose tokens are numbered."""
 
-    def __init__(self, data_dir: Path, upstream_url: str, *, small_model: bool, replicas: dict[str, int]) -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        upstream_url: str,
+        *,
+        small_model: bool = False,
+        models: str = "",
+        replicas: dict[str, int] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        """`models` is TOML of further models; `env` goes to every role."""
         self.data_dir = data_dir
         self.upstream = upstream_url
         self.key = "hr-admin-of-the-tests"
         config = data_dir.with_suffix(".toml")
         config.write_text(
-            CONFIG.format(upstream=upstream_url, closed=_closed_port()) + (SMOLLM2 if small_model else "")
+            CONFIG.format(upstream=upstream_url, closed=_closed_port()) + (SMOLLM2 if small_model else "") + models
         )
         self._command = up_command(config, data_dir)
-        self._command += [f"--replicas={role}={count}" for role, count in replicas.items()]
+        self._command += [f"--replicas={role}={count}" for role, count in (replicas or {}).items()]
+        self._env = env or {}
         self.start()
 
     def start(self) -> None:
         """Start it (again, on the data that is there)."""
-        env = {"HEADRACE_ADMIN_KEY": self.key, "HEADRACE_DRAIN_TIMEOUT": "5", "HEADRACE_LOG_LEVEL": "info"}
+        env = {"HEADRACE_ADMIN_KEY": self.key, "HEADRACE_DRAIN_TIMEOUT": "5", "HEADRACE_LOG_LEVEL": "info", **self._env}
         self.process = Process(self._command, self.data_dir.with_suffix(".log"), env)
         self.base_url = self.process.line.removeprefix("ready ")
         self.ingress_urls = self.endpoints().ingress_urls
@@ -270,10 +281,16 @@ def _closed_port() -> int:
 
 @contextmanager
 def running_stack(
-    directory: Path, upstream_url: str, *, small_model: bool = False, replicas: dict[str, int] | None = None
+    directory: Path,
+    upstream_url: str,
+    *,
+    small_model: bool = False,
+    models: str = "",
+    replicas: dict[str, int] | None = None,
+    env: dict[str, str] | None = None,
 ) -> Iterator[Stack]:
     """A stack; on leaving it must stop in order and leave nothing behind."""
-    stack = Stack(directory / "data", upstream_url, small_model=small_model, replicas=replicas or {})
+    stack = Stack(directory / "data", upstream_url, small_model=small_model, models=models, replicas=replicas, env=env)
     try:
         yield stack
     finally:

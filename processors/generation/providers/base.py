@@ -101,6 +101,8 @@ class Provider(abc.ABC):
     """A place where models run. Made once a worker and provider record; all calls are on one event loop."""
 
     name: str
+    memory_bytes: int | None = None
+    """Memory that models may take together, of a provider that has its own."""
 
     @abc.abstractmethod
     async def health(self) -> None:

@@ -1,0 +1,250 @@
+"""A worker's memory: on which devices its models lie, what they may take there, and what they are seen to take."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+
+from headrace.errors import HeadraceError, ProviderError
+from headrace.settings import Settings
+from processors.generation.devices import budget, evidence
+from processors.generation.devices.reader import Devices
+from processors.generation.devices.reading import Reading
+from processors.generation.devices.reading import held as held_on
+from processors.generation.providers.base import LoadedModel, Provider
+from schemas import control
+from schemas.events import Device, Need
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+MIB = 1024 * 1024
+RESERVE_SHARE = 0.05
+LEAST_RESERVE = 256 * MIB
+"""What is left to others of a device unless an operator says otherwise: this share, and at least so much."""
+PROVIDER_PATIENCE_S = 0.5
+"""How long a provider may take to tell what it holds; then what it told last counts."""
+LOOK_AGAIN_S = 0.25
+"""Between two looks for memory that is to become free."""
+INSPECT_TIMEOUT_S = 30.0
+INSPECT_AGAIN_S = 5.0
+"""Until a provider that could not tell of a model is asked again."""
+NOBODY_KNOWS = 1
+"""Bytes of a model that its provider cannot tell of: it may be loaded, and the load says what is wrong."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """A model's need, for as long as its record and its provider's stay the same."""
+
+    model: control.Model
+    provider: control.Provider
+    need: Need | None = None
+    """None while the provider is asked."""
+    again_at: float | None = None
+    """Loop time after which the provider is asked again; None when it has told, or is being asked."""
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a provider held when it was last asked."""
+
+    loaded: dict[str, LoadedModel] = field(default_factory=dict)
+    """By model."""
+
+
+class Memory:
+    """Follows the devices of one worker. `look` is called each second; what it found is there between two looks."""
+
+    def __init__(self, settings: Settings, devices: Devices | None = None) -> None:
+        self.devices: list[Device] = []
+        """For the heartbeat."""
+        self._reader = devices if devices is not None else Devices()
+        self._cap = _plain(settings.worker_memory)
+        self._reserve = _plain(settings.worker_memory_reserve)
+        self._steady: dict[str, budget.Steady] = {}
+        self._known: dict[str, _Known] = {}
+        self._asking: set[asyncio.Task[None]] = set()
+        self._troubles: set[str] = set()
+        self._peaks: dict[str, int] = {}
+        self._seen: dict[str, _Seen] = {}
+        self._leases: dict[str, str] = {}
+        self._readings: list[Reading] = []
+
+    # --- for the heartbeat ------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> list[Need]:
+        """What the models of this worker's devices are expected to take, or were seen to; as far as it is known yet."""
+        return [known.need for known in self._known.values() if known.need is not None]
+
+    def peak(self, model: str) -> int:
+        """Most bytes that a held model was seen to take; 0 where nobody can tell."""
+        return self._peaks.get(model, 0)
+
+    async def look(
+        self,
+        providers: Mapping[str, tuple[control.Provider, Provider]],
+        models: Collection[control.Model],
+        leases: Mapping[str, str],
+    ) -> None:
+        """Read devices and providers. `models` are those of the providers; `leases` says where those held were granted.
+
+        Never raises what a provider or a device raises: what it did not tell stays as it was.
+        """
+        self._leases = dict(leases)
+        self._peaks = {model: size for model, size in self._peaks.items() if model in leases}
+        held = {model.provider for model in models if model.id in leases}
+        await asyncio.gather(*(self._ask_resident(name, one) for name, (_, one) in providers.items() if name in held))
+        self._readings = await self._reader.read(self._pids())
+        gpus = [reading.id for reading in self._readings if reading.kind == "gpu"]
+        on_gpu: list[str] = []
+        on_ram: list[str] = []
+        own: list[Device] = []
+        for name, (_, provider) in providers.items():
+            kind = await provider.device_kind(gpus)
+            if kind == "own":
+                own.append(Device(name, provider.memory_bytes or 0, [name], shared=True))
+            elif kind != "none":
+                (on_gpu if kind == "gpu" else on_ram).append(name)
+        self._measure()
+        self.devices = [*self._machine(on_gpu, on_ram), *own]
+        counted = {name for device in self.devices for name in device.providers}
+        self._inspect(providers, [model for model in models if model.provider in counted])
+
+    async def _ask_resident(self, name: str, provider: Provider) -> None:
+        loaded = await self._quietly(provider.resident(), f"provider {name} does not tell what it holds")
+        if loaded is not None:
+            self._seen[name] = _Seen({one.model: one for one in loaded if one.model})
+
+    def _measure(self) -> None:
+        for seen in self._seen.values():
+            for model, loaded in seen.loaded.items():
+                if model in self._leases:
+                    self._peaks[model] = max(self._peaks.get(model, 0), self._size(self._leases[model], loaded))
+
+    def _size(self, device: str, loaded: LoadedModel) -> int:
+        """Bytes of a loaded model, in whole MiB upwards: a few pages more are no news."""
+        reading = evidence.find(self._readings, device)
+        told = held_on(reading, {loaded.pid}) if reading is not None and loaded.pid is not None else None
+        return -(-(told or loaded.bytes) // MIB) * MIB
+
+    def _pids(self) -> set[int]:
+        """Our engines' processes."""
+        loaded = (one for seen in self._seen.values() for one in seen.loaded.values())
+        return {one.pid for one in loaded if one.pid is not None}
+
+    def _machine(self, on_gpu: list[str], on_ram: list[str]) -> list[Device]:
+        """The machine's own devices that some provider's models lie on."""
+        found: dict[str, Device] = {}
+        for reading in self._readings:
+            names = on_gpu if reading.kind == "gpu" else on_ram
+            if names:
+                steady = self._steady.setdefault(reading.id, budget.Steady())
+                size = budget.budget(reading, self._ours(reading), self._reserved(reading), self._cap)
+                found[reading.id] = Device(reading.id, steady.follow(size), names)
+        for known in self.devices:
+            # A device that was there and does not show any more holds nothing; that is not the same as no device.
+            if known.id not in found and not known.shared and known.id in self._steady:
+                found[known.id] = Device(known.id, 0, known.providers)
+        return list(found.values())
+
+    def _ours(self, reading: Reading) -> int:
+        told = held_on(reading, self._pids())
+        if told is not None:
+            return told
+        return sum(size for model, size in self._peaks.items() if self._leases.get(model) == reading.id)
+
+    def _reserved(self, reading: Reading) -> int:
+        if self._reserve is not None:
+            return self._reserve
+        return max(LEAST_RESERVE, int(reading.total * RESERVE_SHARE))
+
+    def _inspect(
+        self, providers: Mapping[str, tuple[control.Provider, Provider]], models: Collection[control.Model]
+    ) -> None:
+        """Keep what is known of these models, and ask beside for what is not."""
+        now = asyncio.get_running_loop().time()
+        fresh: dict[str, _Known] = {}
+        for model in models:
+            record, provider = providers[model.provider]
+            known = self._known.get(model.id)
+            if known is None or (known.model, known.provider) != (model, record):
+                known = _Known(model, record, again_at=now)
+            if known.again_at is not None and now >= known.again_at:
+                known.again_at = None
+                task = asyncio.create_task(self._ask_need(known, provider))
+                self._asking.add(task)
+                task.add_done_callback(self._asking.discard)
+            if known.need is not None and (peak := self.peak(model.id)):
+                known.need.bytes = peak  # Better than any estimate, for the next load too.
+            fresh[model.id] = known
+        self._known = fresh
+
+    async def _ask_need(self, known: _Known, provider: Provider) -> None:
+        trouble = f"provider {known.provider.name} cannot tell of model {known.model.id}"
+        facts = await self._quietly(provider.inspect(known.model), trouble, INSPECT_TIMEOUT_S)
+        if facts is None:
+            known.need = Need(known.model.id, NOBODY_KNOWS)
+            known.again_at = asyncio.get_running_loop().time() + INSPECT_AGAIN_S
+        else:
+            known.need = Need(known.model.id, facts.bytes or NOBODY_KNOWS, facts.load_ms)
+
+    async def _quietly(self, asked: Awaitable[T], trouble: str, patience_s: float = PROVIDER_PATIENCE_S) -> T | None:
+        """What was asked, or None when it did not answer in time or has an error; that is logged once."""
+        try:
+            async with asyncio.timeout(patience_s):
+                told = await asked
+        except (HeadraceError, TimeoutError) as error:
+            if trouble not in self._troubles:
+                self._troubles.add(trouble)
+                log.warning("memory_unknown", trouble=trouble, error=str(error) or "no answer in time")
+            return None
+        self._troubles.discard(trouble)
+        return told
+
+    # --- for loads and unloads --------------------------------------------------------------------------------
+
+    async def check_room(self, model: str, device: str) -> None:
+        """Raise `ProviderError` when less is free on a device now than the model needs, whoever took it."""
+        known = self._known.get(model)
+        reading = evidence.find(await self._reader.read(), device)
+        if known is None or known.need is None or reading is None or reading.free >= known.need.bytes:
+            return
+        raise ProviderError(
+            f"{device} has {reading.free // MIB} MiB free and model {model!r} needs {known.need.bytes // MIB} MiB:"
+            " somebody else took memory"
+        )
+
+    async def loaded(self, provider: str, device: str, loaded: LoadedModel) -> None:
+        """A model was loaded: measure it, so that its lease has the true size from its first moment."""
+        self._seen.setdefault(provider, _Seen()).loaded[loaded.model] = loaded
+        self._leases[loaded.model] = device
+        self._readings = await self._reader.read(self._pids())
+        self._measure()
+
+    async def unload(self, model: control.Model, provider: Provider, device: str) -> None:
+        """Unload, and return on evidence that the memory is free. Raises `ProviderError` when the provider does not."""
+        loaded = self._seen.get(model.provider, _Seen()).loaded.get(model.id)
+        pids = {loaded.pid} if loaded is not None and loaded.pid is not None else set()
+        before = await self._reader.read(pids)
+        was = evidence.find(before, device)
+        listed = evidence.lists(before, device, pids)
+        size = self._size(device, loaded) if loaded is not None else 0
+        await provider.unload(model)
+        if was is None or not pids:
+            return  # The provider saw to it.
+        while True:
+            now = await self._reader.read(pids)
+            if not evidence.still_holding(now, device, pids, listed=listed) or evidence.given_back(was, now, size):
+                return
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+
+def _plain(size: int | None) -> int | None:
+    """A size of the settings as a plain number: heartbeats carry nothing else."""
+    return None if size is None else int(size)
