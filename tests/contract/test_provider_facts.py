@@ -6,6 +6,7 @@ The expected memory is compared with the highest that the engine took: with ever
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import psutil
 import pytest
 
 from headrace.errors import ProviderError
-from processors.generation.providers.base import RAM
+from processors.generation.providers.base import RAM, ModelFacts
+from processors.generation.providers.factory import make_provider
 from processors.generation.providers.llama_cpp import LlamaCpp, Options
+from schemas import control
 from schemas.control import Model
 from tests.support.backends import CONTEXT, WEIGHTS, Backend
 from tests.support.tiny_models import MODELS
@@ -29,10 +32,11 @@ async def test_inspecting_says_what_the_model_is(backend: Backend) -> None:
     facts = await backend.provider.inspect(backend.model)
     assert facts.parameters == PARAMETERS
     assert 90_000_000 < facts.weight_bytes < 100_000_000
+    assert facts.context_length == 8192
     if backend.kind == "openai":
         assert facts.bytes == facts.load_ms == 0, "it takes none of our memory, and is loaded already"
         return
-    assert (facts.architecture, facts.layers, facts.context_length) == ("llama", 30, 8192)
+    assert (facts.architecture, facts.layers) == ("llama", 30)
     assert facts.quantisation == "Q4_1"
     assert facts.chat_template
     assert facts.capabilities == ("chat",)
@@ -44,6 +48,24 @@ async def test_inspecting_what_is_not_there_says_so(backend: Backend) -> None:
     other = msgspec.structs.replace(backend.model, id="other", backend_tag="no-such-model")
     with pytest.raises(ProviderError, match="no-such-model"):
         await backend.provider.inspect(other)
+
+
+async def test_a_server_that_tells_its_context_alone_is_believed() -> None:
+    """As vLLM answers `GET /v1/models`."""
+    listed = b'{"object":"list","data":[{"id":"big","object":"model","owned_by":"vllm","max_model_len":32768}]}'
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(listed), listed))
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        record = control.Provider(name="vllm", kind="openai", base_url=f"http://127.0.0.1:{port}/v1")
+        provider = make_provider(record)
+        facts = await provider.inspect(Model(id="m", provider="vllm", backend_tag="big"))
+        await provider.close()
+    assert facts == ModelFacts(context_length=32768)
 
 
 async def test_models_that_share_a_tag_are_told_apart(backend: Backend) -> None:
@@ -111,6 +133,7 @@ async def test_the_engine_sees_the_device_that_was_granted_alone(device: str, se
         await provider.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the most that a process had")
 @pytest.mark.parametrize(
     ("tag", "context", "slots"),
     [

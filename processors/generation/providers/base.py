@@ -63,7 +63,7 @@ class ModelFacts(msgspec.Struct, frozen=True):
     parameters: int = 0
     quantisation: str = ""
     context_length: int = 0
-    """Tokens that it was trained for; for a server that somebody else runs, those that it serves."""
+    """Tokens that it was trained for; those that it is served with, where a server tells no more."""
     layers: int = 0
     chat_template: bool = False
     """Whether the model brings its own."""

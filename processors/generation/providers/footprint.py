@@ -40,7 +40,7 @@ GPU_PROCESS = 457 * MIB
 TOKEN_BYTES = 384
 """Process memory a token of the vocabulary: texts, scores and merges in hash tables; 260 were measured."""
 THREAD_BYTES = 96 << 10
-"""What a thread of the HTTP server touches of its stack and of the heap."""
+"""What a thread touches of its stack and of the heap."""
 READ_BYTES_S = 1_000_000_000
 """Speed at which weights are read for the first time: a modest NVMe disk."""
 START_MS = 500
@@ -57,7 +57,7 @@ class Engine(msgspec.Struct, frozen=True):
     batch: int
     """Tokens that are computed at once."""
     threads: int = 0
-    """Threads of its HTTP server."""
+    """Threads that serve or compute."""
 
     @property
     def cells(self) -> int:

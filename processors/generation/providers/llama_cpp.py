@@ -88,7 +88,7 @@ class LlamaCpp(Provider):
         header = await asyncio.to_thread(llama_facts.read, Path(launch.model_path))
         return llama_facts.facts(
             header,
-            Engine(launch.context_length, launch.slots, launch.batch_tokens, launch.http_threads),
+            Engine(launch.context_length, launch.slots, launch.batch_tokens, launch.threads + launch.http_threads),
             gpu_layers=launch.gpu_layers if launch.gpu_layers and await self._engine_sees_gpu() else 0,
             own_template=bool(launch.chat_template),
             embeddings=launch.pooling is not None,

@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 class _Meta(msgspec.Struct):
     n_ctx: int | None = None
+    n_ctx_train: int = 0
     n_params: int = 0
     size: int = 0
     """Bytes of the weights."""
@@ -71,7 +72,8 @@ class OpenAICompatible(Provider):
         """What the server tells: vLLM its context, llama-server more. Raises `ProviderError` for an unknown tag."""
         found = await self._served(model)
         meta = found.meta or _Meta()
-        return ModelFacts(context_length=found.context or 0, parameters=meta.n_params, weight_bytes=meta.size)
+        context = meta.n_ctx_train or found.context or 0
+        return ModelFacts(context_length=context, parameters=meta.n_params, weight_bytes=meta.size)
 
     async def load(self, model: Model, device: str = "") -> LoadedModel:
         """See that the server serves the tag. Raises `ProviderError` with what it serves instead."""
