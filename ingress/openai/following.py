@@ -48,6 +48,8 @@ class Following:
         self._steps = steps
         self._seq = seen
         """Last step that was given."""
+        self._whole: list[Delta] = []
+        """The answer as its terminal holds it, where that is given in place of its steps."""
         self._ended: Terminal | None = None
         """The end of the request, as frames or log told it."""
         self._silences = 0
@@ -128,7 +130,7 @@ class Following:
     async def next(self) -> list[Delta]:
         """The next steps, as soon as there are any; none after a wake or a silence, and at the end."""
         if self.terminal is not None:
-            return self._take_pending()
+            return self._take_whole()
         steps = []
         for delta in await self.stream.take():
             if delta.kind == Kind.TERMINAL:
@@ -142,10 +144,10 @@ class Following:
             await self._silence()
         if self._ended is not None:
             self._settle(self._ended)
-        return steps + self._take_pending() if self.terminal is not None else steps
+        return steps + self._take_whole()
 
-    def _take_pending(self) -> list[Delta]:
-        taken, self.stream.pending = self.stream.pending, []
+    def _take_whole(self) -> list[Delta]:
+        taken, self._whole = self._whole, []
         return taken
 
     async def _silence(self) -> None:
@@ -181,7 +183,7 @@ class Following:
 
     def _end_whole(self, ended: Terminal) -> None:
         self.terminal = ended
-        self.stream.pending = whole_deltas(ended) if self._steps else []
+        self._whole = whole_deltas(ended) if self._steps else []
 
     async def _ask_log(self) -> Terminal | None:
         try:

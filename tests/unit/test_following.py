@@ -44,9 +44,12 @@ class Log:
     def __init__(self) -> None:
         self.found: Terminal | None = None
         self.asked = 0
+        self.meanwhile: Callable[[], None] = lambda: None
+        """What happens while it is asked."""
 
     async def terminal(self, request_id: str, since_ms: int) -> Terminal | None:
         self.asked += 1
+        self.meanwhile()
         return self.found
 
 
@@ -159,6 +162,19 @@ async def test_frames_are_lost_only_when_all_that_is_kept_was_read(
     assert await ending == []
     assert follower.terminal is not None and follower.terminal.error is not None
     assert follower.terminal.status is Status.FAILED and "is lost" in follower.terminal.error.message
+
+
+async def test_an_end_that_frames_and_log_tell_at_once_is_told_once(services: Services, log: Log) -> None:
+    follower = Following(services, PUBLIC)
+    follower.attach()
+    follower.stream.push(text(1))
+    assert [step.seq for step in await follower.next()] == [1]
+    log.found = terminal(1)
+    log.meanwhile = lambda: follower.stream.push(terminal_frame(1))
+    ending = asyncio.create_task(to_the_end(follower))
+    await asyncio.sleep(0)
+    follower.stream.wake()
+    assert await ending == []
 
 
 async def test_whoever_left_asks_nothing_any_more(services: Services, log: Log) -> None:
