@@ -42,9 +42,11 @@ def still_holding(readings: Iterable[Reading], device: str, pids: Collection[int
 
 
 def given_back(before: Reading, readings: Iterable[Reading], held: int) -> bool:
-    """Whether the device's free memory rose by about `held` bytes since `before`, which was read just before the engine
-    was stopped: the evidence where process ids say nothing. Models that load on it meanwhile hide the rise, so that it
-    says no too often, not yes.
+    """Whether the device's free memory rose by about `held` bytes since `before`, which was read just before an engine
+    was stopped: the evidence where process ids say nothing, and a weaker one.
+
+    `held` is the sum of all that we are giving back there, else the first engine's bytes would prove the second's.
+    Whoever else takes memory meanwhile hides the rise; whoever gives some back can feign it.
     """
     reading = find(readings, before.id)
     return reading is not None and reading.free - before.free >= held * GIVEN_BACK
