@@ -25,6 +25,8 @@ class Machine:
         self.assigned: list[tuple[int, str]] = []
         self.ended: list[messages.End] = []
         self.loads: list[tuple[int, str]] = []
+        self.shown_bytes = 0
+        """What it measures of each model; 0 when it cannot."""
         self.tell(messages.ModelsChanged({model.id: model for model in models}))
         self.beat()
 
@@ -48,7 +50,10 @@ class Machine:
         for model, (epoch, state, until) in self.resident.items():
             if state == "loading" and self.now >= until:
                 self.resident[model] = (epoch, "active", until)
-        shown = [Resident(model, epoch, state, device="d") for model, (epoch, state, _) in self.resident.items()]
+        shown = [
+            Resident(model, epoch, state, self.shown_bytes, device="d")
+            for model, (epoch, state, _) in self.resident.items()
+        ]
         self.tell(
             messages.WorkerSeen(
                 WorkerStatus(

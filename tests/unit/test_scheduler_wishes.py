@@ -125,7 +125,22 @@ def test_a_pinned_model_is_not_unloaded() -> None:
     machine.run(2_000)
     machine.tell(messages.UnloadAsked("kept", "by hand"))
     machine.run(5_000)
-    assert machine.held == {"kept"} and not machine.pool.parked
+    assert machine.held == {"kept"} and len(machine.loads) == 1 and not machine.pool.parked
+
+
+def test_of_two_wishes_the_later_one_holds() -> None:
+    machine = Machine(10, [sized("used", 8), sized("asked", 8)])
+    machine.ask("r", "used")
+    machine.run(2_000)
+    load(machine, "asked")
+    machine.tell(messages.UnloadAsked("asked", "by hand"))
+    machine.done("r")
+    machine.run(5_000)
+    assert machine.held == {"used"}, "nobody wants it any more"
+    machine.tell(messages.UnloadAsked("used", "by hand"))
+    load(machine, "used")
+    machine.run(5_000)
+    assert machine.held == {"used"} and len(machine.loads) == 2
 
 
 def quarantined() -> Machine:
@@ -157,6 +172,16 @@ def test_a_release_gives_quarantined_bytes_to_others_but_not_to_the_same_model()
     machine.run(3_000)
     assert [model for _, model in machine.loads] == ["old", "new", "old"]
     assert not machine.pool.released
+
+
+def test_released_bytes_stay_free_whatever_their_worker_shows() -> None:
+    machine = quarantined()
+    epoch, _, until = machine.resident["old"]
+    machine.resident["old"] = (epoch, "active", until)
+    machine.tell(messages.ReleaseAsked("w1", "old", "it does not know what it says"))
+    machine.shown_bytes = 8
+    machine.run(1_000)
+    assert machine.pool.leases["w1", "old"].holds == 0
 
 
 def test_a_release_says_who_and_why_in_the_lease_event() -> None:
