@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -328,3 +329,20 @@ async def _told(admin: httpx.AsyncClient, name: str) -> bool:
 async def _lease(admin: httpx.AsyncClient, name: str, state: str) -> dict[str, Any] | None:
     found: list[dict[str, Any]] = (await admin.get("/admin/leases")).json()["data"]
     return next((one for one in found if (one["model"], one["state"]) == (name, state)), None)
+
+
+async def test_leases_of_a_stack_that_was_stopped_have_ended_when_it_runs_again(steered: Stack) -> None:
+    held = f"SELECT epoch, state, toUnixTimestamp64Milli(released_at) AS ended FROM leases WHERE model = '{MODEL}'"  # noqa: S608
+    open_before = [row["epoch"] for row in steered.rows(held) if row["ended"] is None]
+    assert len(open_before) == 1
+    steered.stop()
+    stopped_ms = time.time_ns() // 1_000_000
+    steered.start()
+
+    def ended() -> list[dict[str, object]]:
+        return [row for row in steered.rows(held) if row["epoch"] in open_before and row["ended"] is not None]
+
+    [row] = await until(ended, "the lease of the run before has ended", 60)
+    assert row["state"] == "lost" and int(str(row["ended"])) <= stopped_ms, "when its worker was last heard"
+    still = await until(lambda: [row for row in steered.rows(held) if row["ended"] is None], "it is held again")
+    assert len(still) == 1 and still[0]["epoch"] not in open_before
