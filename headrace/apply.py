@@ -29,9 +29,11 @@ def plan(current: ControlPlane, config: Config, admin_key: str) -> list[ControlC
     commands += _admin_key(current, admin_key)
     commands += [command(new, actor=ACTOR) for name, new in providers.items() if current.providers.get(name) != new]
     for old in current.models.values():
-        if old.id not in models and old.enabled:
+        if old.id not in models and (old.enabled or old.fallbacks):
             reason = "no longer in the configuration"
-            commands.append(command(msgspec.structs.replace(old, enabled=False), actor=ACTOR, reason=reason))
+            # Its fallbacks go with it: what is gone from the file is gone, what is disabled in it may fall back.
+            gone = msgspec.structs.replace(old, enabled=False, fallbacks=())
+            commands.append(command(gone, actor=ACTOR, reason=reason))
     commands += _released_names(current, models)
     for model in models.values():
         if not same_model(current.models.get(model.id), model):

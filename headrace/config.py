@@ -138,6 +138,8 @@ class ModelConfig(_Strict):
     max_concurrency: Annotated[int, Field(ge=1, le=4096)] = 4
     pool: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)] = "default"
     enabled: bool = True
+    capabilities: tuple[Literal["chat", "code", "vision", "json", "tools", "long-context"], ...] = ("chat",)
+    fallbacks: tuple[Name, ...] = ()
     preload: bool = True
     pinned: bool = False
     keep_alive: Duration | None = None
@@ -167,6 +169,8 @@ class ModelConfig(_Strict):
             max_concurrency=self.max_concurrency,
             pool=self.pool,
             enabled=self.enabled,
+            capabilities=self.capabilities,
+            fallbacks=self.fallbacks,
             preload=self.preload,
             pinned=self.pinned,
             keep_alive_ms=self.keep_alive,
@@ -196,6 +200,7 @@ def default_config() -> Config:
                 aliases=("gpt-4o-mini",),
                 context_length=2048,
                 max_concurrency=4,
+                capabilities=("chat", "json"),
                 price=PriceConfig(input=Decimal("0.10"), output=Decimal("0.40")),
             ),
         ),
@@ -296,9 +301,31 @@ def _cross_faults(config: Config) -> list[tuple[Path_, str]]:
         if model.provider not in providers:
             hint = _meant(model.provider, providers)
             faults.append((("models", index, "provider"), f"no provider named {model.provider!r}{hint}"))
+    ids = [model.id for model in config.models]
     for index, model in enumerate(config.models):
         for place, alias in enumerate(model.aliases):
             if alias in names:
                 faults.append((("models", index, "aliases", place), f"{alias!r} is {names[alias]} already"))
             names.setdefault(alias, f"an alias of models[{index}]")
+        faults += _name_faults(index, model, ids)
+    return faults
+
+
+def _name_faults(index: int, model: ModelConfig, ids: list[str]) -> list[tuple[Path_, str]]:
+    """Names that the router keeps for itself, and fallbacks that lead nowhere."""
+    own: list[tuple[Path_, str]] = [(("models", index, "id"), model.id)]
+    own += [(("models", index, "aliases", place), alias) for place, alias in enumerate(model.aliases)]
+    faults: list[tuple[Path_, str]] = [
+        (path, f"{name!r} is reserved: by it a caller leaves the choice of the model to the router")
+        for path, name in own
+        if control.is_reserved(name)
+    ]
+    for place, fallback in enumerate(model.fallbacks):
+        path: Path_ = ("models", index, "fallbacks", place)
+        if fallback == model.id:
+            faults.append((path, "a model cannot be its own fallback"))
+        elif fallback in model.fallbacks[:place]:
+            faults.append((path, f"{fallback!r} stands in the list already"))
+        elif fallback not in ids:
+            faults.append((path, f"no model has the id {fallback!r}{_meant(fallback, ids)}"))
     return faults

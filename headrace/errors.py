@@ -132,7 +132,18 @@ class ProviderError(HeadraceError):
     code = "provider_error"
 
 
-class ProviderRateLimited(ProviderError):
+class ProviderDown(Unavailable):
+    """No worker can use the model's provider now; nothing was asked of it."""
+
+    code = "provider_error"
+
+
+class ProviderDeclined(ProviderError):
+    """The provider answered, or lives, and did not serve this one request: no such model, too many requests, one of
+    its engines died. It says nothing of its other models, so that circuit breakers do not count it."""
+
+
+class ProviderRateLimited(ProviderDeclined):
     """The provider limits how much may be asked of it, and that was used up."""
 
     status = 429

@@ -37,6 +37,11 @@ WORKERS = Gauge("headrace_workers", "Live workers of a pool.", ["pool"])
 GENERATING = Gauge("headrace_generating", "Generations running on this worker.")
 GENERATED_TOKENS = Counter("headrace_generated_tokens_total", "Completion tokens generated.", ["model"])
 PROVIDER_ERRORS = Counter("headrace_provider_errors_total", "Generations that a provider failed.", ["provider", "code"])
+BREAKER_OPEN = Gauge(
+    "headrace_provider_breaker_open",
+    "1 while a provider takes no work on this worker: its breaker is open.",
+    ["provider"],
+)
 FRAMES = Counter("headrace_frames_total", "Frame records written to inference.replies.")
 MODEL_LOAD_SECONDS = Histogram("headrace_model_load_seconds", "Time to load a model.", ["model"], buckets=_LATENCY)
 

@@ -1,7 +1,8 @@
 """The control plane in Redis, as it is written: generations of hashes, filled from Kafka and kept by source offset.
 
 Keys: `hr:gen` names the generation in force. Under it stand the hashes `hr:<n>:models|providers|apps|keys` (natural key
--> JSON record), `hr:<n>:offsets` (source topic -> next offset), the counter `hr:<n>:version` and `hr:<n>:complete`.
+-> JSON record), `hr:<n>:key_ids` (id of an API key -> its natural key), `hr:<n>:offsets` (source topic -> next offset),
+the counter `hr:<n>:version` and `hr:<n>:complete`.
 The marker holds the `run_id` of the server it was written to: a server that came back, empty or from an old snapshot,
 has another one, so that its content counts as incomplete until the control processor has compared it with Kafka.
 """
@@ -51,6 +52,11 @@ if whole == 0 then return 'incomplete' end
 local kind, key, topic, offset, value = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 local base = 'hr:'..gen..':'
 if offset < tonumber(redis.call('HGET', base..'offsets', topic) or '0') then return 'known' end
+if kind == 'keys' then
+  local before = redis.call('HGET', base..kind, key)
+  if before then redis.call('HDEL', base..'key_ids', cjson.decode(before).id) end
+  if value then redis.call('HSET', base..'key_ids', cjson.decode(value).id, key) end
+end
 if kind ~= '' then
   if value then redis.call('HSET', base..kind, key, value) else redis.call('HDEL', base..kind, key) end
 end
@@ -74,7 +80,7 @@ if old then
   end
   version = math.max(version, tonumber(redis.call('GET', 'hr:'..old..':version') or '0') + 1)
 end
-for _, part in ipairs({'models', 'providers', 'apps', 'keys', 'offsets'}) do
+for _, part in ipairs({'models', 'providers', 'apps', 'keys', 'key_ids', 'offsets'}) do
   redis.call('PERSIST', base..part)
   if old and old ~= gen then redis.call('UNLINK', 'hr:'..old..':'..part) end
 end
@@ -170,7 +176,9 @@ class Projection:
         fill = Fill(f"{seconds * 1_000_000 + micros}", secrets.token_hex(8))
         base = f"hr:{fill.generation}:"
         await self._redis.set(base + "filling", fill.token, ex=FILL_TTL_S)
-        for kind, held in records.items():
+        ids = {msgspec.json.decode(raw, type=_KeyId).id: digest for digest, raw in records.get("keys", {}).items()}
+        hashes: dict[str, Mapping[str, bytes | str]] = {**records, "key_ids": ids}
+        for kind, held in hashes.items():
             items = list(held.items())
             for start in range(0, len(items), _CHUNK):
                 await self._redis.hset(base + kind, mapping=dict(items[start : start + _CHUNK]))
@@ -187,7 +195,7 @@ class Projection:
 
     async def drop(self, fill: Fill) -> None:
         """Forget a filled generation that will not be put into force."""
-        parts = (*CONTROL_RECORDS, "offsets", "filling")
+        parts = (*CONTROL_RECORDS, "key_ids", "offsets", "filling")
         await self._redis.unlink(*(f"hr:{fill.generation}:{part}" for part in parts))
 
 
@@ -196,6 +204,12 @@ class Fill(NamedTuple):
 
     generation: str
     token: str
+
+
+class _KeyId(msgspec.Struct):
+    """The part of a key's record by which it is found."""
+
+    id: str
 
 
 def _outcome_key(command_id: str) -> str:

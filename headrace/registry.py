@@ -47,7 +47,13 @@ return {gen, version, 1, redis.call('HVALS', base..'models'), redis.call('HVALS'
 """
 )
 _READ_KEY = (
-    LUA_STATE + "return {gen or '', version, whole, whole == 1 and redis.call('HGET', 'hr:'..gen..':keys', ARGV[1])}"
+    LUA_STATE
+    + """
+if whole == 0 then return {gen or '', version, 0, false} end
+local base, digest = 'hr:'..gen..':', ARGV[1]
+if ARGV[2] == 'id' then digest = redis.call('HGET', base..'key_ids', digest) end
+return {gen, version, 1, digest and redis.call('HGET', base..'keys', digest)}
+"""
 )
 
 
@@ -81,6 +87,10 @@ def snapshot_of(models: list[bytes], providers: list[bytes], apps: list[bytes], 
     )
 
 
+_KeyName = tuple[str, str]
+"""By what a key is asked for: (`sha256` or `id`, its value)."""
+
+
 class _CachedKey(NamedTuple):
     key: Key
     generation: str
@@ -100,8 +110,8 @@ class Registry:
         self._snapshot: Snapshot | None = None
         self._generation = ""
         self._confirmed_at = float("-inf")
-        self._keys: OrderedDict[str, _CachedKey] = OrderedDict()
-        self._lookups: dict[str, asyncio.Task[Key | None]] = {}
+        self._keys: OrderedDict[_KeyName, _CachedKey] = OrderedDict()
+        self._lookups: dict[_KeyName, asyncio.Task[Key | None]] = {}
         self._announced = asyncio.Event()
         self._refreshed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
@@ -145,36 +155,43 @@ class Registry:
         What is not cached is asked of Redis, so that a new key works at once. Raises `Unavailable` when Redis is away
         or its projection is incomplete.
         """
+        return await self._key(("sha256", sha256_hex))
+
+    async def key_by_id(self, key_id: str) -> Key | None:
+        """The key with this id, as `key` finds it by its digest: for those who handle requests that it has sent."""
+        return await self._key(("id", key_id))
+
+    async def _key(self, name: _KeyName) -> Key | None:
         now, snapshot = self._clock(), self.snapshot
-        cached = self._keys.get(sha256_hex)
+        cached = self._keys.get(name)
         if (
             cached is not None
             and now - cached.read_at <= KEY_AGE_S
             and (cached.generation, cached.version) == (self._generation, snapshot.version)
         ):
             return cached.key
-        running = self._lookups.get(sha256_hex)
+        running = self._lookups.get(name)
         if running is not None:
             found = await asyncio.shield(running)
             if found is not None:
                 return found
             # That question may have been put before the key was made, so ask once more.
-        task = asyncio.create_task(self._lookup(sha256_hex))
-        self._lookups[sha256_hex] = task
-        task.add_done_callback(lambda done: self._forget_lookup(sha256_hex, done))
+        task = asyncio.create_task(self._lookup(name))
+        self._lookups[name] = task
+        task.add_done_callback(lambda done: self._forget_lookup(name, done))
         return await asyncio.shield(task)
 
-    def _forget_lookup(self, digest: str, task: asyncio.Task[Key | None]) -> None:
-        if self._lookups.get(digest) is task:
-            del self._lookups[digest]
+    def _forget_lookup(self, name: _KeyName, task: asyncio.Task[Key | None]) -> None:
+        if self._lookups.get(name) is task:
+            del self._lookups[name]
         if not task.cancelled():
             task.exception()  # Its callers have it; without one, nobody waits for it.
 
-    async def _lookup(self, digest: str) -> Key | None:
+    async def _lookup(self, name: _KeyName) -> Key | None:
         asked_at = self._clock()
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S):
-                generation, version, whole, raw = await self._read_key(args=[digest])
+                generation, version, whole, raw = await self._read_key(args=[name[1], name[0]])
         except (RedisError, OSError, TimeoutError) as error:
             raise Unavailable("The key cannot be checked now. Try again in a moment.") from error
         if not whole:
@@ -184,11 +201,11 @@ class Registry:
         if (text(generation), int(version)) != (self._generation, self._version()):
             self._announced.set()
         if raw is None:
-            self._keys.pop(digest, None)
+            self._keys.pop(name, None)
             return None
         key = msgspec.json.decode(raw, type=Key)
-        self._keys[digest] = _CachedKey(key, text(generation), int(version), asked_at)
-        self._keys.move_to_end(digest)
+        self._keys[name] = _CachedKey(key, text(generation), int(version), asked_at)
+        self._keys.move_to_end(name)
         if len(self._keys) > KEY_CACHE_SIZE:
             self._keys.popitem(last=False)
         return key

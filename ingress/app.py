@@ -49,7 +49,7 @@ def make_app(services: Services) -> FastAPI:
             allow_origins=origins,
             allow_methods=["GET", "POST", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-hr-stream-id", "retry-after"],
+            expose_headers=["x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after"],
         )
     for module in (chat, resume, models, requests, ops, admin_models, admin_machines):
         app.include_router(module.router)

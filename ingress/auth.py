@@ -7,9 +7,10 @@ import time
 
 from starlette.requests import Request
 
-from headrace.errors import Forbidden, ModelNotFound, Unauthorized
-from headrace.registry import Registry
-from schemas.control import ANY_MODEL, Key, Model
+from headrace.choice import named, not_found
+from headrace.errors import Forbidden, Unauthorized
+from headrace.registry import Registry, Snapshot
+from schemas.control import Key, Model
 
 
 async def caller(request: Request, registry: Registry) -> Key:
@@ -32,14 +33,9 @@ async def caller(request: Request, registry: Registry) -> Key:
     return key
 
 
-def may_use(key: Key, model: Model) -> bool:
-    """Whether a key may use a model."""
-    return ANY_MODEL in key.allowed_models or model.id in key.allowed_models
-
-
-def allowed_model(key: Key, registry: Registry, name: str) -> Model:
-    """The model with this id or alias, if this key may use it. Raises `ModelNotFound`, also for others' models."""
-    model = registry.snapshot.resolve(name)
-    if model is None or not may_use(key, model):
-        raise ModelNotFound(f"The model {name!r} does not exist; GET /v1/models lists those that do.", param="model")
+def allowed_model(key: Key, snapshot: Snapshot, name: str) -> Model:
+    """The model that a name means, if this key may use it. Raises `ModelNotFound`, also for others' models."""
+    model = named(snapshot, name)
+    if model is None or not key.may_use(model):
+        raise not_found(name)
     return model

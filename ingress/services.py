@@ -8,13 +8,13 @@ from collections.abc import Awaitable
 import structlog
 
 from headrace.fleet import FleetReader
+from headrace.pools import Pools
 from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from ingress.attachments import Attachments
 from ingress.idempotency import Reservations
 from ingress.lookup import Lookup
-from ingress.pools import Pools
 from ingress.replies import ReplyReader
 from topics.clients import Producer
 from topics.outcomes import Outcomes

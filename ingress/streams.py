@@ -26,6 +26,7 @@ class Stream:
         "_waiting_since",
         "abort",
         "dropped",
+        "model",
         "moved",
         "pending",
         "rid",
@@ -41,6 +42,8 @@ class Stream:
         """Whether the caller read too slowly; nothing more is buffered."""
         self.moved: str | None = None
         """JSON of `frames.Moved`, when this request's frames are on another partition."""
+        self.model = ""
+        """Id of the model that serves, as soon as the router has told it; it tells where that is not the one named."""
         self.writing_since = 0.0
         """Loop time since when a write to the caller waits; 0 while none does."""
         self.abort: Callable[[], None] = lambda: None
@@ -56,6 +59,9 @@ class Stream:
         if delta.kind == Kind.MOVED:
             self.moved = delta.data
             self.wake()
+            return
+        if delta.kind == Kind.MODEL:
+            self.model = delta.data
             return
         if self.dropped or not self.view.accept(delta):
             return

@@ -10,6 +10,21 @@ ANY_MODEL = "*"
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 """Bounds of an app's weight: none starves, and none has all."""
 
+CHAT, CODE, VISION, JSON, TOOLS, LONG_CONTEXT = "chat", "code", "vision", "json", "tools", "long-context"
+CAPABILITIES = (CHAT, CODE, VISION, JSON, TOOLS, LONG_CONTEXT)
+"""What a model may be declared to be good for."""
+LONG_CONTEXT_TOKENS = 32_768
+"""A model whose context is at least this long needs no declaration to have `long-context`."""
+
+AUTO = "auto"
+TASKS = {AUTO: CHAT} | {f"{AUTO}:{name}": name for name in (CODE, CHAT, LONG_CONTEXT, VISION, JSON)}
+"""Names by which a caller leaves the choice of the model to the router -> the capability that it needs."""
+
+
+def is_reserved(name: str) -> bool:
+    """Whether no model may have this name: it means a choice, now or in a later version."""
+    return name == AUTO or name.startswith(f"{AUTO}:")
+
 
 class Provider(msgspec.Struct, frozen=True, omit_defaults=True):
     """A place where models run, as workers reach it."""
@@ -50,6 +65,10 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     max_concurrency: int = 4
     pool: str = "default"
     enabled: bool = True
+    capabilities: tuple[str, ...] = (CHAT,)
+    """What it is declared to be good for, out of `CAPABILITIES`; see `can`."""
+    fallbacks: tuple[str, ...] = ()
+    """Ids of models that are tried in this order when this one cannot serve."""
     preload: bool = True
     pinned: bool = False
     """Whether it keeps its memory for ever once it has it."""
@@ -64,6 +83,12 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     price: Price = Price(version=0, input=Decimal(0), output=Decimal(0), cached=Decimal(0))
     created: int = 0
     """Unix seconds of the record's first version."""
+
+    def can(self, capability: str) -> bool:
+        """Whether it has a capability: declared, or shown by its context."""
+        return capability in self.capabilities or (
+            capability == LONG_CONTEXT and self.context_length >= LONG_CONTEXT_TOKENS
+        )
 
 
 class App(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -90,6 +115,10 @@ class Key(msgspec.Struct, frozen=True, omit_defaults=True):
     enabled: bool = True
     expires_at: float | None = None
     """Unix seconds, or None for no expiry."""
+
+    def may_use(self, model: Model) -> bool:
+        """Whether it may have its requests served by a model, named, chosen or fallen back to."""
+        return ANY_MODEL in self.allowed_models or model.id in self.allowed_models
 
 
 class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):

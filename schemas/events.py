@@ -43,6 +43,10 @@ class Priority(IntEnum):
     """Takes only slots that nobody else wants."""
 
 
+PRIORITIES = tuple(priority.name.lower() for priority in Priority)
+"""Their names, as headers and records carry them."""
+
+
 class Routed(msgspec.Struct, omit_defaults=True):
     """A request that the router admitted and gave to a pool (`inference.routed`, key: pool)."""
 
@@ -361,6 +365,8 @@ class WorkerStatus(msgspec.Struct, omit_defaults=True):
     """Highest fence of that term."""
     needs: list[Need] = []
     """Of the models that would take memory of its devices: estimated, or measured when they were loaded."""
+    broken: dict[str, str] = {}
+    """Providers whose circuit breaker is open here -> why; it is to be given no work for them."""
 
 
 class ModelState(msgspec.Struct, omit_defaults=True):
@@ -407,6 +413,8 @@ class PoolStatus(msgspec.Struct, omit_defaults=True):
     """Models that some live worker could serve."""
     failed_models: dict[str, str] = {}
     """Models that no worker could load -> why; they are tried again."""
+    broken_models: dict[str, str] = {}
+    """Models whose provider's circuit breaker is open on every worker that serves it -> why."""
     queued: int = 0
     running: int = 0
     estimated_wait_ms: int = 0

@@ -52,6 +52,7 @@ _REQUEST_HEADERS: dict[str, str] = {
 _OPTIONAL_REQUEST_HEADERS: dict[str, str] = {
     "content-type": "application/json.",
     "hr-resume": "Seconds that the request outlives its last caller.",
+    "hr-priority": "interactive, standard (as without it) or batch.",
     "hr-idempotency-key": "The Idempotency-Key, as the caller sent it.",
     "traceparent": "W3C trace context.",
     "hr-replay-of": "The request that this one repeats.",

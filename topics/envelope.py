@@ -10,8 +10,12 @@ from datetime import UTC, datetime
 
 import msgspec
 
+from schemas.events import PRIORITIES
+
 REQUEST_TYPE = "headrace.inference.request.v1"
 IDEMPOTENCY_HEADER = "hr-idempotency-key"
+MAX_DEADLINE_S = 86_400.0
+"""A deadline beyond the retention of `inference.requests` could not be kept."""
 
 Headers = Sequence[tuple[str, bytes]]
 
@@ -39,6 +43,8 @@ class Envelope(msgspec.Struct, frozen=True):
     """`hr-deadline`: seconds from acceptance after which nobody waits."""
     resume_s: int = 0
     """`hr-resume`: seconds that the request outlives its last caller; 0 cancels at once."""
+    priority: str = "standard"
+    """`hr-priority`: one of `schemas.events.PRIORITIES`."""
     idempotency_key: str | None = None
     """`hr-idempotency-key`, as the caller sent it."""
     traceparent: str | None = None
@@ -63,6 +69,8 @@ class Envelope(msgspec.Struct, frozen=True):
         ]
         if self.resume_s:
             pairs.append(("hr-resume", str(self.resume_s)))
+        if self.priority != "standard":
+            pairs.append(("hr-priority", self.priority))
         for name, value in (
             (IDEMPOTENCY_HEADER, self.idempotency_key),
             ("traceparent", self.traceparent),
@@ -93,7 +101,7 @@ def parse(headers: Headers) -> Envelope:
     if len(request_id) != 32 or not all(digit in "0123456789abcdef" for digit in request_id):
         raise EnvelopeError("ce_id is not a UUID as 32 lower-case hex digits")
     try:
-        return Envelope(
+        envelope = Envelope(
             request_id=request_id,
             source=_required(found, "ce_source"),
             time_ms=int(datetime.fromisoformat(_required(found, "ce_time")).timestamp() * 1000),
@@ -103,6 +111,7 @@ def parse(headers: Headers) -> Envelope:
             digest=_required(found, "hr-digest"),
             deadline_s=float(_required(found, "hr-deadline")),
             resume_s=int(found.get("hr-resume", "0")),
+            priority=found.get("hr-priority", "standard"),
             idempotency_key=found.get(IDEMPOTENCY_HEADER),
             traceparent=found.get("traceparent"),
             replay_of=found.get("hr-replay-of"),
@@ -111,3 +120,8 @@ def parse(headers: Headers) -> Envelope:
         raise
     except ValueError as error:
         raise EnvelopeError(f"a header has a wrong value: {error}") from None
+    if not 0 < envelope.deadline_s <= MAX_DEADLINE_S:  # NaN is not either
+        raise EnvelopeError(f"hr-deadline must be seconds, above 0 and at most {MAX_DEADLINE_S:g}")
+    if envelope.priority not in PRIORITIES:
+        raise EnvelopeError(f"hr-priority must be one of {', '.join(PRIORITIES)}")
+    return envelope

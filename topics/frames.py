@@ -26,6 +26,8 @@ class Kind(IntEnum):
     """Empty: frames of attempts below `attempt` that come after this one are void."""
     MOVED = 5
     """The JSON of `Moved`: this request was asked twice, and its frames are on another partition."""
+    MODEL = 6
+    """The id of the model that the router gave this request to, where that is not the one that it names."""
 
 
 class Moved(msgspec.Struct):
@@ -81,7 +83,7 @@ class StreamView:
 
     def accept(self, delta: Delta) -> bool:
         """Whether `delta` counts; moves the view on when it does."""
-        if self.done or delta.attempt < self.attempt or delta.kind == Kind.MOVED:
+        if self.done or delta.attempt < self.attempt or delta.kind in (Kind.MOVED, Kind.MODEL):
             return False
         if delta.kind == Kind.FENCE:
             self.attempt = delta.attempt

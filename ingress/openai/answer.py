@@ -53,15 +53,21 @@ class ChatAnswer(Response):
         ticket: Ticket,
         body: ChatCompletionRequest,
         *,
+        model: str = "",
         after: tuple[int, int] | None = None,
     ) -> None:
-        """`after` is the (attempt, seq) of the last event that a resuming caller has seen; (1, 0) for none."""
+        """`model` is the id of the one that the body names, where it names one and that is known.
+
+        `after` is the (attempt, seq) of the last event that a resuming caller has seen; (1, 0) for none.
+        """
         super().__init__()
         self._services = services
         self._tenant = key.app
         self._ticket = ticket
         self._streamed = bool(body.stream)
         self._alias = body.model
+        self._model = model
+        """Id of the model that serves, as far as it is known."""
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._after = after
         self._choices = body.n or 1
@@ -142,8 +148,9 @@ class ChatAnswer(Response):
             await error_response(terminal.error, terminal.request_id)(scope, receive, send)
             return
         public = self._ticket.public
-        content = completion(str(public), public.created_ms // 1000, self._alias, terminal)
-        headers = self._id_headers()
+        self._model = terminal.model
+        content = completion(str(public), public.created_ms // 1000, self._shown(), terminal)
+        headers = self._answer_headers()
         await Response(content, media_type="application/json", headers=headers)(scope, receive, send)
 
     # --- streamed ---------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ class ChatAnswer(Response):
         stream = following.stream
         stream.abort = _abort_of(direct)
         clock = asyncio.get_running_loop().time
-        begun = False
+        begun = rendered = False
         tokens = 0
         first_status_at = self._began + self._services.settings.first_status_timeout
         while not following.gone.is_set():
@@ -176,10 +183,13 @@ class ChatAnswer(Response):
                     begun = await self._begin(send)
                 await direct({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                 continue
+            if not rendered:
+                self._learn(renderer)
             events = bytearray()
             for step in steps:
                 events += renderer.delta(step)
                 tokens += step.tokens
+            rendered = rendered or bool(steps)
             if terminal is not None:
                 self._observe(terminal)
                 if not begun and terminal.error is not None and not events:
@@ -201,7 +211,7 @@ class ChatAnswer(Response):
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
             "x-accel-buffering": "no",
-            **self._id_headers(),
+            **self._answer_headers(),
         }
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await send({"type": "http.response.start", "status": 200, "headers": raw})
@@ -224,8 +234,28 @@ class ChatAnswer(Response):
         path = f"/v1/chat/completions/{self._ticket.public}/stream"
         return Unavailable(f"{why}; resume with GET {path} and Last-Event-ID.", retry_after_s=1).info()
 
-    def _id_headers(self) -> dict[str, str]:
-        return {"x-request-id": self._ticket.public.request_id, "x-hr-stream-id": str(self._ticket.public)}
+    def _learn(self, renderer: ChunkRenderer) -> None:
+        """Name the model that serves, once that is known, in all of the stream's chunks.
+
+        The router's frame comes before the first delta; where it was not seen, a result that was found whole tells.
+        """
+        following = self._following
+        found = following.stream.model or (following.terminal.model if following.terminal is not None else "")
+        if found and found != self._model:
+            self._model = found
+            renderer.name(self._shown())
+
+    def _shown(self) -> str:
+        """The model's name in the answer: as the caller wrote it if that names the model, else the model's id."""
+        with contextlib.suppress(Unavailable):
+            served = self._services.registry.snapshot.models.get(self._model)
+            if served is not None and self._alias not in (served.id, *served.aliases):
+                return served.id
+        return self._alias
+
+    def _answer_headers(self) -> dict[str, str]:
+        headers = {"x-request-id": self._ticket.public.request_id, "x-hr-stream-id": str(self._ticket.public)}
+        return headers | ({"x-hr-model": self._model} if self._model else {})
 
     def _observe(self, terminal: Terminal) -> None:
         metrics.REQUEST_SECONDS.labels(status=terminal.status.value).observe(time.monotonic() - self._began)

@@ -6,6 +6,7 @@ import msgspec
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from headrace.asked import Asked, read
 from headrace.errors import BodyTooLarge, ContextLengthExceeded, HeadraceError, InvalidRequest, UnsupportedParameter
 from schemas.control import Model
 from schemas.openai import ChatCompletionRequest
@@ -13,15 +14,6 @@ from topics.catalogue import MAX_BODY_BYTES
 
 MAX_TOKEN_BYTES = 128
 """No common tokenizer has a longer token, so a text of n bytes is at least n / 128 tokens."""
-
-
-class _AsTheStreamReadsIt(msgspec.Struct):
-    """The parsers behind Kafka are stricter than the one here (NaN, for one): what they refuse is refused at once."""
-
-    messages: msgspec.Raw
-
-
-_stream_decoder = msgspec.json.Decoder(_AsTheStreamReadsIt)
 
 
 async def read_body(request: Request) -> bytes:
@@ -43,20 +35,24 @@ async def read_body(request: Request) -> bytes:
     return b"".join(chunks)
 
 
-def parse(raw: bytes) -> ChatCompletionRequest:
-    """The request in a body. Raises `InvalidRequest` or `UnsupportedParameter`, naming the field."""
+def parse(raw: bytes) -> tuple[ChatCompletionRequest, Asked]:
+    """The request in a body, whole and as the router reads it.
+
+    Raises `InvalidRequest` or `UnsupportedParameter`, naming the field.
+    """
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"The body is not UTF-8: byte {error.start} is invalid.") from None
     try:
         body = ChatCompletionRequest.model_validate_json(raw)
-        _stream_decoder.decode(raw)
+        # The parsers behind Kafka are stricter (NaN, for one): what they refuse is refused at once.
+        asked = read(raw)
     except ValidationError as error:
         raise _explain(error) from None
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.") from None
-    return body
+    return body, asked
 
 
 def _explain(error: ValidationError) -> HeadraceError:

@@ -14,14 +14,16 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from headrace import metrics
+from headrace.asked import Asked, needs
+from headrace.choice import Choice, choose
 from headrace.errors import InvalidRequest, Unavailable
 from ingress.auth import allowed_model, caller
 from ingress.idempotency import ACCEPTED, Reservations
 from ingress.openai.answer import ChatAnswer, Ticket
 from ingress.openai.body import check_context, parse, read_body
 from ingress.services import Services
-from schemas.control import Key
-from schemas.events import Stage
+from schemas.control import TASKS, Key
+from schemas.events import PRIORITIES, Stage
 from schemas.ids import PublicId, idempotent_request_id, new_request_id
 from schemas.openai import ChatCompletionRequest
 from topics.catalogue import REQUESTS
@@ -37,6 +39,8 @@ PRODUCE_TIMEOUT_S = 5.0
 PENDING_POLL_S = 0.05
 MAX_RESUME_S = 3600
 MAX_DEADLINE_S = 1800.0
+TIERS = {"flex": "batch", "priority": "interactive"}
+"""OpenAI's `service_tier` -> priority; its other values mean the standard one."""
 DEFAULT_RESUME_S = 30
 """Grace of requests that can be resumed but name no time of their own."""
 
@@ -49,6 +53,8 @@ class Wishes:
     resume_s: int
     deadline_s: float
     traceparent: str | None
+    priority: str | None
+    """None where no header names one."""
 
 
 def wishes(request: Request, default_deadline_s: float) -> Wishes:
@@ -72,8 +78,11 @@ def wishes(request: Request, default_deadline_s: float) -> Wishes:
             raise InvalidRequest(
                 f"x-request-timeout must be seconds, above 0 and at most {MAX_DEADLINE_S:g}.", param="x-request-timeout"
             )
+    priority = headers.get("x-hr-priority")
+    if priority is not None and priority not in PRIORITIES:
+        raise InvalidRequest(f"x-hr-priority must be one of {', '.join(PRIORITIES)}.", param="x-hr-priority")
     trace = headers.get("traceparent", "")
-    return Wishes(key, resume_s, deadline_s, trace if _TRACEPARENT.match(trace) else None)
+    return Wishes(key, resume_s, deadline_s, trace if _TRACEPARENT.match(trace) else None, priority)
 
 
 @router.post("/v1/chat/completions")
@@ -83,20 +92,18 @@ async def create(request: Request) -> Response:
     key = await caller(request, services.registry)
     raw = await read_body(request)
     wanted = wishes(request, services.settings.request_deadline)
-    body = parse(raw)
-    model = allowed_model(key, services.registry, body.model)
-    check_context(body, model)
+    body, asked = parse(raw)
+    choice, named = _admit(services, key, body, asked, wanted)
     if not services.replies.ready or services.draining.is_set():
         raise Unavailable("This ingress is starting or stopping; try again shortly.")
     ticket = await _ticket(services, key, raw, wanted)
     if ticket.first:
-        try:
-            services.pools.check(model, wanted.deadline_s)
-        except Unavailable:
+        standing = choice.standing
+        if standing.down is not None and not standing.may_try:
             if wanted.idempotency_key is not None:
                 await services.reservations.release(key.app, ticket.public.request_id)
-            raise
-    answer = ChatAnswer(services, key, ticket, body)
+            raise standing.down
+    answer = ChatAnswer(services, key, ticket, body, model=named)
     if ticket.first:
         answer.attach()
         try:
@@ -104,8 +111,24 @@ async def create(request: Request) -> Response:
         except BaseException:
             answer.detach()
             raise
-        metrics.ACCEPTED.labels(model=model.id).inc()
+        metrics.ACCEPTED.labels(model=choice.task or choice.model.id).inc()
     return answer
+
+
+def _admit(
+    services: Services, key: Key, body: ChatCompletionRequest, asked: Asked, wanted: Wishes
+) -> tuple[Choice, str]:
+    """The model that would serve the request now (the router chooses anew), and the id of the one that it names.
+
+    Raises `ModelNotFound` or `ContextLengthExceeded`.
+    """
+    snapshot = services.registry.snapshot
+    named = ""
+    if body.model not in TASKS:
+        model = allowed_model(key, snapshot, body.model)
+        check_context(body, model)
+        named = model.id
+    return choose(snapshot, key, body.model, needs(asked), services.pools.standing(wanted.deadline_s)), named
 
 
 async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> Ticket:
@@ -144,6 +167,7 @@ async def _publish(
         digest=ticket.digest,
         deadline_s=wanted.deadline_s,
         resume_s=wanted.resume_s,
+        priority=wanted.priority or TIERS.get(body.service_tier or "", "standard"),
         idempotency_key=wanted.idempotency_key,
         traceparent=wanted.traceparent,
     )

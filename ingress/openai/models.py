@@ -1,33 +1,49 @@
-"""`GET /v1/models`: what this key may use, under ids and aliases."""
+"""`GET /v1/models`: what this key may use, under ids and aliases, and the choices that it may leave to the router."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from ingress.auth import allowed_model, caller, may_use
+from headrace.choice import not_found, tasks
+from ingress.auth import allowed_model, caller
 from ingress.services import Services
+from schemas.control import TASKS, Key
 from schemas.openai import ModelCard, ModelList
 
 router = APIRouter()
 
+ROUTER = "headrace"
+"""Who owns the ids by which the router chooses."""
+
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    """The models and aliases that this key may use."""
+    """The models and aliases that this key may use, and the choices for which there is one of them."""
     services: Services = request.app.state.services
     key = await caller(request, services.registry)
     cards = []
     for model in services.registry.snapshot.models.values():
-        if model.enabled and may_use(key, model):
+        if model.enabled and key.may_use(model):
             names = (model.id, *model.aliases)
             cards += [ModelCard(id=name, created=model.created, owned_by=model.provider) for name in names]
-    return ModelList(data=cards)
+    return ModelList(data=cards + _choices(services, key))
 
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(request: Request, model_id: str) -> ModelCard:
-    """One model, by id or alias."""
+    """One model, by id or alias, or one choice."""
     services: Services = request.app.state.services
     key = await caller(request, services.registry)
-    model = allowed_model(key, services.registry, model_id)
+    if model_id in TASKS:
+        found = next((card for card in _choices(services, key) if card.id == model_id), None)
+        if found is None:
+            raise not_found(model_id)
+        return found
+    model = allowed_model(key, services.registry.snapshot, model_id)
     return ModelCard(id=model_id, created=model.created, owned_by=model.provider)
+
+
+def _choices(services: Services, key: Key) -> list[ModelCard]:
+    snapshot = services.registry.snapshot
+    created = min((model.created for model in snapshot.models.values()), default=0)
+    return [ModelCard(id=task, created=created, owned_by=ROUTER) for task in tasks(snapshot, key)]

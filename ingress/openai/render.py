@@ -30,14 +30,14 @@ def error_object(error: ErrorInfo) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def completion(public_id: str, created: int, alias: str, terminal: Terminal) -> bytes:
+def completion(public_id: str, created: int, model: str, terminal: Terminal) -> bytes:
     """The body of a non-streamed answer."""
     return _json.encode(
         {
             "id": public_id,
             "object": "chat.completion",
             "created": created,
-            "model": alias,
+            "model": model,
             "choices": terminal.choices if terminal.choices else [],
             "usage": usage_object(terminal.usage),
             "system_fingerprint": terminal.system_fingerprint,
@@ -48,16 +48,22 @@ def completion(public_id: str, created: int, alias: str, terminal: Terminal) -> 
 class ChunkRenderer:
     """Turns the deltas of one request into server-sent events. Ids are `attempt:seq`."""
 
-    __slots__ = ("_after", "_before", "_include_usage", "_roles")
+    __slots__ = ("_after", "_before", "_created", "_id", "_include_usage", "_roles")
 
-    def __init__(self, public_id: str, created: int, alias: str, *, include_usage: bool) -> None:
-        self._before = (
-            b'{"id":"%b","object":"chat.completion.chunk","created":%d,"model":%b,"system_fingerprint":null,"choices":'
-            % (public_id.encode(), created, _json.encode(alias))
-        )
+    def __init__(self, public_id: str, created: int, model: str, *, include_usage: bool) -> None:
+        self._id = public_id.encode()
+        self._created = created
+        self.name(model)
         self._after = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._include_usage = include_usage
         self._roles: set[int] = set()
+
+    def name(self, model: str) -> None:
+        """Let the chunks to come bear this name of a model."""
+        self._before = (
+            b'{"id":"%b","object":"chat.completion.chunk","created":%d,"model":%b,"system_fingerprint":null,"choices":'
+            % (self._id, self._created, _json.encode(model))
+        )
 
     def _event(self, delta: Delta, choices: bytes) -> bytes:
         if not delta.seq:  # Nobody can resume after it.

@@ -32,7 +32,7 @@ async def resume(request: Request, completion_id: str, starting_after: str | Non
     asked = await services.lookup.request(public.request_id, public.created_ms)
     if asked is None or (asked.envelope.tenant != key.app and key.role != "admin"):
         raise NotFound(f"The completion {completion_id!r} is not known, or is older than can be resumed.")
-    body = parse(asked.body)
+    body, _ = parse(asked.body)
     if not body.stream:
         raise InvalidRequest("This completion was not streamed; send its Idempotency-Key again to get its answer.")
     listed = asked.envelope.resume_s > 0 or asked.envelope.idempotency_key is not None

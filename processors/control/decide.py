@@ -7,7 +7,20 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from schemas.control import ANY_MODEL, MAX_WEIGHT, MIN_WEIGHT, RECORDS, App, ControlCommand, Key, Model, Price, Provider
+from schemas.control import (
+    ANY_MODEL,
+    CAPABILITIES,
+    MAX_WEIGHT,
+    MIN_WEIGHT,
+    RECORDS,
+    App,
+    ControlCommand,
+    Key,
+    Model,
+    Price,
+    Provider,
+    is_reserved,
+)
 
 PROVIDER_KINDS = ("llama_cpp", "ollama", "openai")
 ROLES = ("member", "admin")
@@ -201,8 +214,14 @@ def _check_model(state: ControlState, key: str, model: Model) -> None:
     )
     amounts = (model.price.input, model.price.output, model.price.cached)
     _check(all(amount.is_finite() and amount >= 0 for amount in amounts), f"{who}: a price is negative or no number")
+    unknown = [name for name in model.capabilities if name not in CAPABILITIES]
+    _check(not unknown, f"{who}: unknown capability {', '.join(map(repr, unknown))}")
+    # Whether its fallbacks are there is seen when one is needed: models come and go one by one.
+    _check(key not in model.fallbacks, f"{who}: is its own fallback")
     if not model.enabled:
         return
+    for name in (model.id, *model.aliases):
+        _check(not is_reserved(name), f"{who}: the name {name!r} is reserved for a choice by the router")
     _check(model.provider in state.providers, f"{who}: there is no provider {model.provider!r}")
     taken = {
         name: other.id

@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from headrace import metrics
-from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest, ProviderError
+from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest, ProviderDeclined, ProviderError
 from processors.generation.answer import Answer
 from processors.generation.bodies import Bodies
 from processors.generation.frames_out import FrameWriter
@@ -48,6 +48,9 @@ class Attempt:
         self._outcomes = outcomes
         self._bodies = bodies
         self._answer = Answer(command.request.request_id, command.attempt, command.first_seq)
+        self.answered = False
+        """Whether the generation ended by itself: with an answer, or with `failure`."""
+        self.failure: HeadraceError | None = None
         self._cancel: CancelCommand | None = None
         self._generating: asyncio.Task[None] | None = None
         self._started_ms = 0
@@ -83,6 +86,7 @@ class Attempt:
                 body = await self._body()
                 self._generating = asyncio.create_task(self._generate(body))
                 await self._generating
+                self.answered = True
             else:
                 status, error = self._cancelled(self._cancel)
         except asyncio.CancelledError:
@@ -92,6 +96,8 @@ class Attempt:
         except HeadraceError as failure:
             status = Status.REJECTED if isinstance(failure, InvalidRequest) else Status.FAILED
             error = failure.info()
+            if self._generating is not None:
+                self.answered, self.failure = True, failure
             if status is Status.FAILED:
                 metrics.PROVIDER_ERRORS.labels(provider=self._provider.name, code=error.code).inc()
             self._log.warning("generation_failed", code=error.code, error=error.message, tokens=self._answer.tokens)
@@ -108,6 +114,7 @@ class Attempt:
         request = self.command.request
         raw = bytes(request.body) if request.body else await self._bodies.fetch(request.ref)
         body: dict[str, Any] = msgspec.json.decode(raw)
+        body.pop("service_tier", None)  # it has become the request's priority
         if request.max_tokens is not None and "max_tokens" not in body and "max_completion_tokens" not in body:
             body["max_tokens"] = request.max_tokens
         return body
@@ -127,7 +134,7 @@ class Attempt:
                 if first and answer.started:
                     await self._first_token()
                 if size > MAX_RESULT_BYTES:
-                    raise ProviderError(f"The answer is over {MAX_RESULT_BYTES} bytes; ask for fewer tokens.")
+                    raise ProviderDeclined(f"The answer is over {MAX_RESULT_BYTES} bytes; ask for fewer tokens.")
         if answer.done is None:
             raise ProviderError("The provider's stream ended in the middle of the answer.")
 

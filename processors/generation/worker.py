@@ -15,6 +15,7 @@ from headrace import metrics
 from headrace.errors import HeadraceError, ProviderError
 from processors.generation.attempt import Attempt, unable
 from processors.generation.bodies import Bodies
+from processors.generation.breakers import Breakers
 from processors.generation.frames_out import FrameWriter
 from processors.generation.memory import Memory
 from processors.generation.providers.base import Provider
@@ -96,6 +97,7 @@ class Worker:
         self._term = -1
         self._fence = 0
         self._stopping = False
+        self._breakers = Breakers(self.changed)
         self._made: dict[str, tuple[control.Provider, Provider]] = {}
         self._retired: list[Provider] = []
         """Of records that have changed since; they are closed when they hold no model any more."""
@@ -140,6 +142,7 @@ class Worker:
             self._retired.append(known[1])
             self._close_retired()
         self._made[record.name] = (record, made)
+        self._breakers.watch(made)
         return made
 
     def _close_retired(self) -> None:
@@ -241,6 +244,8 @@ class Worker:
                 await self._outcomes.end(unable(attempt.command, self.id, error))
             else:
                 await attempt.run()
+                if attempt.answered:
+                    self._breakers.outcome(provider, attempt.failure)
         finally:
             if self._running.get(request_id) is attempt:
                 del self._running[request_id]
@@ -250,8 +255,9 @@ class Worker:
             self._ended[request_id, attempt.command.attempt] = None
             while len(self._ended) > REMEMBERED:
                 self._ended.popitem(last=False)
-        if await provider.on_dead(held.model):
-            self._revive(held, provider)
+        with contextlib.suppress(HeadraceError):  # one that cannot be asked is for the breaker
+            if await provider.on_dead(held.model):
+                self._revive(held, provider)
 
     def _revive(self, held: _Held, provider: Provider) -> None:
         """The engine of a model died: load it again under the same lease."""
@@ -312,6 +318,7 @@ class Worker:
             fence=self._fence,
             devices=self.memory.devices,
             needs=self.memory.needs,
+            broken=self._breakers.broken(),
         )
 
     # --- leaving ----------------------------------------------------------------------------------------------
@@ -328,6 +335,7 @@ class Worker:
                 await self._idle.wait()
         for request_id, attempt in list(self._running.items()):
             attempt.cancel(CancelCommand(self._term, request_id, "The worker is stopping."))
+        await self._breakers.stop()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=10)
         for provider in [*(made for _, made in self._made.values()), *self._retired]:

@@ -7,28 +7,40 @@ from collections.abc import Awaitable
 
 import msgspec
 import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
+from headrace.choice import Choice
 from headrace.errors import Unavailable
+from headrace.pools import Pools
+from headrace.projection import text
 from headrace.redis_client import connect
 from headrace.registry import Registry, Snapshot
 from headrace.settings import Settings
-from processors.router.route import Unreadable, route, unreadable_terminal
-from schemas.events import Routed, Stage, Terminal
+from processors.router.route import Request, Unreadable, decode, route, routed, unreadable_terminal
+from schemas.control import Key, Model
+from schemas.events import Stage, Terminal
+from schemas.ids import is_idempotent
+from topics import frames
 from topics.agents import AgentRole, Message
-from topics.catalogue import REQUESTS, ROUTED
+from topics.catalogue import DAY_MS, REPLIES, REQUESTS, ROUTED
 from topics.clients import Producer
 from topics.dead_letters import bury
 from topics.outcomes import Outcomes, now_ms
 
 log = structlog.get_logger(__name__)
 
+RETRY_S = 0.25
+
 
 class Router:
     """Moves batches of requests on; keeps nothing between them."""
 
-    def __init__(self, producer: Producer, registry: Registry, instance: str) -> None:
+    def __init__(self, producer: Producer, registry: Registry, pools: Pools, redis: Redis, instance: str) -> None:
         self._producer = producer
         self._registry = registry
+        self._pools = pools
+        self._redis = redis
         self._outcomes = Outcomes(producer, "router", instance)
 
     async def handle(self, batch: list[Message]) -> None:
@@ -46,18 +58,16 @@ class Router:
                 return self._registry.snapshot
             except Unavailable as error:
                 log.warning("registry_unavailable", error=error.message)
-                await asyncio.sleep(0.25)
+                await asyncio.sleep(RETRY_S)
 
     async def _one(self, message: Message, snapshot: Snapshot) -> list[Awaitable[object]]:
         try:
-            routed = route(
+            request = decode(
                 message.value,
                 message.headers,
                 partition=message.partition,
                 offset=message.offset,
                 accepted_ms=message.timestamp,
-                now_ms=now_ms(),
-                snapshot=snapshot,
             )
         except Unreadable as bad:
             waits: list[Awaitable[object]] = [bury(self._producer, message, reason=bad.reason, role="router")]
@@ -65,31 +75,88 @@ class Router:
                 terminal = unreadable_terminal(bad.envelope, message.timestamp, now_ms(), bad.reason)
                 waits.append(self._outcomes.end(terminal))
             return waits
-        if isinstance(routed, Terminal):
-            return [self._outcomes.end(routed)]
-        return [await self._forward(routed)]
+        key = None
+        if request.may_lead_elsewhere(snapshot):
+            key = await self._key(request.envelope.key_id)
+            await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
+        at = now_ms()
+        standing_of = self._pools.standing((request.deadline_ms - at) / 1000)
+        chosen = route(request, now_ms=at, snapshot=snapshot, key=key, standing_of=standing_of)
+        if isinstance(chosen, Terminal):
+            return [self._outcomes.end(chosen)]
+        model = chosen.model if chosen.pools == 1 else await self._once(request, chosen.model, snapshot)
+        return await self._forward(request, chosen, model, at)
 
-    async def _forward(self, routed: Routed) -> Awaitable[object]:
-        sent = await self._producer.post(ROUTED.name, msgspec.json.encode(routed), key=routed.pool)
+    async def _key(self, key_id: str) -> Key | None:
+        while True:
+            try:
+                return await self._registry.key_by_id(key_id)
+            except Unavailable as error:
+                log.warning("key_unavailable", error=error.message)
+                await asyncio.sleep(RETRY_S)
+
+    async def _once(self, request: Request, model: Model, snapshot: Snapshot) -> Model:
+        """The model that this request was given first: routed again after a crash, it must not reach a second pool.
+
+        Within a pool its scheduler tells a duplicate by itself.
+        """
+        envelope = request.envelope
+        left_ms = DAY_MS if is_idempotent(envelope.request_id) else max(1_000, request.late_ms - now_ms())
+        name = f"hr:routed:{envelope.tenant}:{envelope.request_id}"
+        while True:
+            try:
+                before = await self._redis.set(name, model.id, nx=True, get=True, px=left_ms)
+                break
+            except (RedisError, OSError) as error:
+                log.warning("choice_not_kept", request_id=envelope.request_id, error=repr(error))
+                await asyncio.sleep(RETRY_S)
+        return snapshot.models.get(text(before), model) if isinstance(before, bytes | str) else model
+
+    async def _forward(self, request: Request, choice: Choice, model: Model, at_ms: int) -> list[Awaitable[object]]:
+        record = routed(request, model, at_ms)
+        waits: list[Awaitable[object]] = []
+        elsewhere = record.alias not in (model.id, *model.aliases)
+        if elsewhere:
+            told = frames.Delta(bytes.fromhex(record.request_id), 0, 0, frames.Kind.MODEL, 0, model.id)
+            waits.append(
+                await self._producer.post(REPLIES.name, frames.encode([told]), partition=record.reply_partition)
+            )
+        waits.append(await self._producer.post(ROUTED.name, msgspec.json.encode(record), key=record.pool))
+        detail: dict[str, str | int | float | bool] = {
+            "model": record.model,
+            "alias": record.alias,
+            "pool": record.pool,
+            "priority": record.priority,
+        }
+        if choice.task:
+            detail["task"] = choice.task
+        elif elsewhere:
+            detail["fallback"] = True
+        if choice.explanation and model is choice.model:
+            detail["not_chosen"] = choice.explanation
         self._outcomes.event(
-            routed.request_id,
-            routed.tenant,
-            Stage.ROUTED,
-            at_ms=routed.routed_ms,
-            detail={"model": routed.model, "alias": routed.alias, "pool": routed.pool},
-        )
-        return sent
+            record.request_id, record.tenant, Stage.ROUTED, at_ms=record.routed_ms, detail=detail
+        )  # fmt: skip
+        return waits
 
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
-    """The role's life."""
+    """The role's life. Raises what its agent, or its reader of `pool.status`, raised."""
     client = connect(settings.redis_url)
     registry = Registry(client)
+    pools = Pools(settings.kafka, settings.instance)
     async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
+        router = Router(producer, registry, pools, client, settings.instance)
+        agent = AgentRole(settings, "router", REQUESTS, router.handle)
+        listening = asyncio.create_task(pools.run())
+        listening.add_done_callback(
+            lambda done: None if done.cancelled() else agent.fail(done.exception() or RuntimeError("pools"))
+        )
         try:
-            router = Router(producer, registry, settings.instance)
-            await AgentRole(settings, "router", REQUESTS, router.handle).run(stop)
+            await agent.run(stop)
         finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
             await registry.stop()
             await client.aclose()

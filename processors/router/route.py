@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import msgspec
 
-from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest, ModelNotFound
+from headrace.asked import Asked, needs, read
+from headrace.choice import Choice, Standing, choose, may_lead_elsewhere
+from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest
 from headrace.registry import Snapshot
+from schemas.control import Key, Model
 from schemas.events import INLINE_BODY_BYTES, NOTHING, BodyRef, Routed, Status, Terminal, Timings
 from topics.catalogue import REPLIES
 from topics.envelope import Envelope, EnvelopeError, parse
 
 MAX_AGE_MS = 600_000
 """A request that waited longer than this at the broker is refused as `expired`: nobody waits for it any more."""
-BYTES_PER_TOKEN = 4
-"""For estimates only: English text has about four bytes a token."""
 
 
 class Unreadable(Exception):
@@ -27,30 +29,34 @@ class Unreadable(Exception):
         self.envelope = envelope
 
 
-class _Body(msgspec.Struct):
-    """The few fields of a chat body that routing needs."""
+class Request(NamedTuple):
+    """A record of `inference.requests`, read."""
 
-    model: str
-    messages: msgspec.Raw
-    stream: bool | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    envelope: Envelope
+    asked: Asked
+    value: bytes
+    ref: BodyRef
+    accepted_ms: int
+
+    @property
+    def deadline_ms(self) -> int:
+        """Unix ms after which nobody waits for an answer."""
+        return self.accepted_ms + int(self.envelope.deadline_s * 1000)
+
+    @property
+    def late_ms(self) -> int:
+        """Unix ms after which it is not routed any more."""
+        return min(self.deadline_ms, self.accepted_ms + MAX_AGE_MS)
+
+    def may_lead_elsewhere(self, snapshot: Snapshot) -> bool:
+        """Whether another model than the one named could serve it, so that its key must be known."""
+        return may_lead_elsewhere(snapshot, self.asked.model)
 
 
-_body = msgspec.json.Decoder(_Body)
-
-
-def route(
-    value: bytes | None,
-    headers: Sequence[tuple[str, bytes]],
-    *,
-    partition: int,
-    offset: int,
-    accepted_ms: int,
-    now_ms: int,
-    snapshot: Snapshot,
-) -> Routed | Terminal:
-    """Route one record of `inference.requests`. Raises `Unreadable`."""
+def decode(
+    value: bytes | None, headers: Sequence[tuple[str, bytes]], *, partition: int, offset: int, accepted_ms: int
+) -> Request:
+    """Read one record of `inference.requests`. Raises `Unreadable`."""
     try:
         envelope = parse(headers)
     except EnvelopeError as error:
@@ -58,43 +64,64 @@ def route(
     if not 0 <= envelope.reply_partition < REPLIES.partitions:
         raise Unreadable(f"hr-reply-partition {envelope.reply_partition} is not below {REPLIES.partitions}")
     try:
-        body = _body.decode(value or b"")
+        asked = read(value or b"")
     except msgspec.MsgspecError as error:
         raise Unreadable(f"the body is no chat request: {error}", envelope) from None
+    return Request(envelope, asked, value or b"", BodyRef(partition, offset), accepted_ms)
 
-    deadline_ms = accepted_ms + int(envelope.deadline_s * 1000)
-    if now_ms > min(deadline_ms, accepted_ms + MAX_AGE_MS):
+
+def route(
+    request: Request, *, now_ms: int, snapshot: Snapshot, key: Key | None, standing_of: Callable[[Model], Standing]
+) -> Choice | Terminal:
+    """Choose a request's model, or refuse it; `key` is asked for only where `may_lead_elsewhere`."""
+    if now_ms > request.late_ms:
         gone = DeadlineExceeded("The request waited past its deadline before it could be routed; send it again.")
-        return refusal(
-            envelope, accepted_ms, now_ms, gone, status=Status.EXPIRED, alias=body.model, stream=bool(body.stream)
-        )
-    model = snapshot.resolve(body.model)
-    if model is None:
-        unknown = ModelNotFound(
-            f"The model {body.model!r} does not exist; GET /v1/models lists those that do.", param="model"
-        )
-        return refusal(envelope, accepted_ms, now_ms, unknown, alias=body.model, stream=bool(body.stream))
+        return refused(request, now_ms, gone, status=Status.EXPIRED)
+    try:
+        return choose(snapshot, _in_force(key, request), request.asked.model, needs(request.asked), standing_of)
+    except HeadraceError as error:
+        return refused(request, now_ms, error)
+
+
+def _in_force(key: Key | None, request: Request) -> Key | None:
+    """The key, if it still counts: it may have been revoked since, and an envelope could name another tenant's."""
+    return key if key is not None and key.enabled and key.app == request.envelope.tenant else None
+
+
+def routed(request: Request, model: Model, now_ms: int) -> Routed:
+    """The request as the scheduler gets it, for a model and at its price."""
+    envelope, asked = request.envelope, request.asked
     return Routed(
         request_id=envelope.request_id,
         tenant=envelope.tenant,
         key_id=envelope.key_id,
         model=model.id,
-        alias=body.model,
+        alias=asked.model,
         pool=model.pool,
         reply_partition=envelope.reply_partition,
-        ref=BodyRef(partition, offset),
-        body=msgspec.Raw(value) if value is not None and len(value) <= INLINE_BODY_BYTES else NOTHING,
-        stream=bool(body.stream),
-        prompt_tokens_estimate=max(1, len(bytes(body.messages)) // BYTES_PER_TOKEN),
-        max_tokens=body.max_completion_tokens or body.max_tokens or model.default_max_tokens,
-        accepted_ms=accepted_ms,
+        ref=request.ref,
+        body=msgspec.Raw(request.value) if len(request.value) <= INLINE_BODY_BYTES else NOTHING,
+        stream=bool(asked.stream),
+        prompt_tokens_estimate=asked.prompt_tokens,
+        max_tokens=asked.limit or model.default_max_tokens,
+        priority=envelope.priority,
+        accepted_ms=request.accepted_ms,
         routed_ms=now_ms,
-        deadline_ms=deadline_ms,
+        deadline_ms=request.deadline_ms,
         resume_s=envelope.resume_s,
         digest=envelope.digest,
         price=model.price,
         traceparent=envelope.traceparent,
     )
+
+
+def refused(request: Request, now_ms: int, error: HeadraceError, *, status: Status = Status.REJECTED) -> Terminal:
+    """The terminal of a request that was read and goes no further."""
+    asked = request.asked
+    return refusal(
+        request.envelope, request.accepted_ms, now_ms, error,
+        status=status, alias=asked.model, stream=bool(asked.stream),
+    )  # fmt: skip
 
 
 def refusal(

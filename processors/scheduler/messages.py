@@ -198,6 +198,8 @@ class End:
     status: Status
     code: str
     message: str
+    retry_after_s: int = 2
+    """When trying again makes sense, where the code means that it may."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,8 +124,9 @@ def place(pool: Pool, now_ms: int) -> list[Action]:
     """Ask for leases on what is wanted, and drain what must give way."""
     planner = _Planner(pool, now_ms)
     planner.relieve()
+    failed = _failed_over(pool)
     for model in pool.models.values():
-        if _at_hand(pool, model) or pool.queues.get(model.id):
+        if _at_hand(pool, model) or model.id in failed or pool.queues.get(model.id):
             planner.spread(model)
     for wish in sorted(_wishes(pool, now_ms), key=lambda w: (not w.may_evict, w.batch_only, -w.waited_ms, w.model.id)):
         planner.grant(wish)
@@ -137,9 +138,10 @@ def place(pool: Pool, now_ms: int) -> list[Action]:
 
 def _wishes(pool: Pool, now_ms: int) -> Iterator[_Wish]:
     coming = {lease.model for lease in pool.leases.values() if _will_serve(pool, lease)}
+    failed = _failed_over(pool)
     for model in pool.models.values():
         queue = pool.queues.get(model.id)
-        if model.id in coming or not model.bytes or not (queue or _at_hand(pool, model)):
+        if model.id in coming or not model.bytes or not (queue or model.id in failed or _at_hand(pool, model)):
             continue
         pressing = queue.oldest(batch=False) if queue else None
         oldest = pressing or (queue.oldest() if queue else None)
@@ -153,6 +155,12 @@ def _at_hand(pool: Pool, model: Model) -> bool:
     return model.pinned or model.id in pool.wanted or (model.preload and model.id not in pool.parked)
 
 
+def _failed_over(pool: Pool) -> set[str]:
+    """Models whose load failed and whose requests go to a fallback: nobody asks for them until they are there again."""
+    failed = {lease.model for lease in pool.leases.values() if lease.state is LeaseState.FAILED}
+    return {model_id for model_id in failed if (model := pool.models.get(model_id)) is not None and model.fallbacks}
+
+
 def _short_of_slots(pool: Pool, model: Model) -> bool:
     if not model.bytes:
         return False
@@ -162,9 +170,9 @@ def _short_of_slots(pool: Pool, model: Model) -> bool:
 
 
 def _will_serve(pool: Pool, lease: Lease) -> bool:
-    """Whether the lease serves or will; not on a worker that is about to leave."""
+    """Whether the lease serves or will; not on a worker that is about to leave, or whose provider fails."""
     worker = pool.workers.get(lease.worker)
-    return lease.coming and (worker is None or not worker.status.stopping)
+    return lease.coming and (worker is None or not worker.status.stopping) and not pool.blocked(lease)
 
 
 def _busy(pool: Pool, lease: Lease) -> bool:
@@ -242,9 +250,9 @@ class _Planner:
                 return
 
     def _workers(self, model: Model) -> Iterator[tuple[str, Worker]]:
-        """Workers that serve the model's provider and have no lease on it."""
+        """Workers that may be given the model and have no lease on it."""
         for name, worker in self._pool.workers.items():
-            if worker.usable and model.provider in worker.status.providers:
+            if worker.offers(model.provider):
                 lease = self._pool.leases.get((name, model.id))
                 if lease is None or due_again(lease, self._now):
                     yield name, worker

@@ -45,6 +45,8 @@ EARLY_CANCEL_MS = 900_000
 """How long a cancellation that found no request is remembered."""
 MAX_QUEUE = 10_000
 """Requests that may wait for one model; more are shed."""
+BROKEN_RETRY_S = 5
+"""What a caller is told to wait for when the provider of its model fails."""
 MAX_ATTEMPTS = 3
 """Workers that may die under one request before it fails."""
 
@@ -97,8 +99,10 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     queue = pool.queue(request.model)
     if len(queue) >= MAX_QUEUE:
         return [End(request, Status.REJECTED, "service_unavailable", "Too many requests wait for this model.")]
-    if now_ms + estimated_wait_ms(pool, model) > request.late_ms:
-        return [End(request, Status.REJECTED, "service_unavailable", "The wait would be longer than the deadline.")]
+    if now_ms + (wait_ms := estimated_wait_ms(pool, model)) > request.late_ms:
+        wait_s = -(-wait_ms // 1000)
+        message = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request's deadline."
+        return [End(request, Status.REJECTED, "service_unavailable", message, retry_after_s=wait_s)]
     placement.count_demand(pool, request.model, now_ms)
     actions = _enqueue(pool, request, now_ms)
     if request.id in queue:
@@ -357,6 +361,9 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
     model = pool.models.get(model_id)
     if model is None:
         return _end_all(pool, model_id, Status.REJECTED, "model_not_found", f"The model {model_id!r} was removed.")
+    if (reason := broken_reason(pool, model)) is not None:
+        error = f"The provider of the model {model_id!r} fails, and is tried again in a moment: {reason}"
+        return _end_all(pool, model_id, Status.FAILED, "provider_error", error, retry_after_s=BROKEN_RETRY_S)
     held = pool.of_model(model_id)
     if (reason := _failure(held)) is not None and not any(placement.due_again(lease, now_ms) for lease in held):
         error = f"The model {model_id!r} could not be loaded: {reason}"
@@ -376,16 +383,18 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
     return actions
 
 
-def _end_all(pool: Pool, model_id: str, status: Status, code: str, message: str) -> list[Action]:
+def _end_all(
+    pool: Pool, model_id: str, status: Status, code: str, message: str, *, retry_after_s: int = 2
+) -> list[Action]:
     waiting = list(pool.queues[model_id])
     for request in waiting:
         pool.queues[model_id].remove(request.id)
-    return [End(request, status, code, message) for request in waiting]
+    return [End(request, status, code, message, retry_after_s) for request in waiting]
 
 
 def _takes_work(pool: Pool, lease: Lease) -> bool:
     worker = pool.workers.get(lease.worker)
-    return lease.state is LeaseState.ACTIVE and worker is not None and worker.usable
+    return lease.state is LeaseState.ACTIVE and worker is not None and worker.usable and not pool.blocked(lease)
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
@@ -424,6 +433,14 @@ def load_error(pool: Pool, model_id: str) -> str | None:
     return _failure(pool.of_model(model_id))
 
 
+def broken_reason(pool: Pool, model: Model) -> str | None:
+    """Why nobody can use the model's provider, when its breaker is open on each worker that serves it."""
+    serving = [w.status for w in pool.workers.values() if w.usable and model.provider in w.status.providers]
+    if not serving or any(model.provider not in status.broken for status in serving):
+        return None
+    return serving[0].broken[model.provider]
+
+
 def _failure(leases: list[Lease]) -> str | None:
     if not leases or any(lease.state is not LeaseState.FAILED for lease in leases):
         return None
@@ -432,7 +449,7 @@ def _failure(leases: list[Lease]) -> str | None:
 
 def estimated_wait_ms(pool: Pool, model: Model) -> int:
     """Expected wait of a request that arrives now: the queue over the slots times a mean service, after the load."""
-    leases = [lease for lease in pool.of_model(model.id) if lease.coming]
+    leases = [lease for lease in pool.of_model(model.id) if lease.coming and not pool.blocked(lease)]
     slots = sum(model.max_concurrency for lease in leases) or model.max_concurrency
     load = 0 if any(lease.state is LeaseState.ACTIVE for lease in leases) else model.load_ms
     queue = pool.queues.get(model.id, ())

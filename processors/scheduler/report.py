@@ -23,6 +23,7 @@ def pool_status(pool: Pool, name: str, now_ms: int, next_wish: int) -> PoolStatu
     served = {provider for status in trusted for provider in status.providers}
     waits = {model.id: policy.estimated_wait_ms(pool, model) for model in pool.models.values()}
     errors = {model: policy.load_error(pool, model) for model in pool.models}
+    broken = {model.id: policy.broken_reason(pool, model) for model in pool.models.values()}
     return PoolStatus(
         pool=name,
         term=pool.term,
@@ -30,6 +31,7 @@ def pool_status(pool: Pool, name: str, now_ms: int, next_wish: int) -> PoolStatu
         ready_models=sorted({lease.model for lease in pool.leases.values() if lease.state is LeaseState.ACTIVE}),
         servable_models=sorted(model.id for model in pool.models.values() if model.provider in served),
         failed_models={model: error for model, error in errors.items() if error is not None},
+        broken_models={model: reason for model, reason in broken.items() if reason is not None},
         queued=pool.queued,
         running=len(pool.running),
         estimated_wait_ms=max(waits.values(), default=0),

@@ -196,8 +196,8 @@ class PoolRunner:
                 case messages.Enqueued(request):
                     waits.append(await self._post_live(request))
                     self._outcomes.event(request.id, request.tenant, Stage.QUEUED, attempt=request.attempt)
-                case messages.End(request, status, code, message):
-                    waits.append(self._end(self.held[request.id].routed, request, status, code, message))
+                case messages.End(request):
+                    waits.append(self._end(self.held[request.id].routed, action))
                 case messages.CancelRunning(request_id, worker, reason, status):
                     command = CancelCommand(self.state.term, request_id, reason, status)
                     waits.append(await self._command(worker, command))
@@ -259,9 +259,10 @@ class PoolRunner:
         )
         return await self._producer.post(LIVE.name, msgspec.json.encode(live), key=request.id, partition=self.partition)
 
-    async def _end(self, routed: Routed, request: Request, status: Status, code: str, message: str) -> None:
-        error = ErrorInfo(HTTP_STATUS[code], code, message, retry_after_s=2 if HTTP_STATUS[code] == 503 else None)
-        await self._outcomes.end(waiting_terminal(routed, request.attempt, status, error))
+    async def _end(self, routed: Routed, end: messages.End) -> None:
+        status = HTTP_STATUS[end.code]
+        error = ErrorInfo(status, end.code, end.message, retry_after_s=end.retry_after_s if status == 503 else None)
+        await self._outcomes.end(waiting_terminal(routed, end.request.attempt, end.status, error))
 
     async def _grant(self, grant: messages.Grant) -> None:
         granted = LeaseEvent(

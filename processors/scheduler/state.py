@@ -120,6 +120,10 @@ class Worker:
         """Whether it may be given work."""
         return self.trusted and not self.status.stopping
 
+    def offers(self, provider: str) -> bool:
+        """Whether it may be given work for a provider's models: it serves it, and no open breaker forbids it."""
+        return self.usable and provider in self.status.providers and provider not in self.status.broken
+
     def devices_for(self, provider: str) -> list[Device]:
         """The devices that a provider's models take memory of; none where their memory is not ours to count."""
         return [device for device in self.status.devices if provider in device.providers]
@@ -186,3 +190,8 @@ class Pool:
     def of_model(self, model: str) -> list[Lease]:
         """All leases on a model."""
         return [lease for (_, held), lease in self.leases.items() if held == model]
+
+    def blocked(self, lease: Lease) -> bool:
+        """Whether the breaker of its model's provider is open on its worker."""
+        worker, model = self.workers.get(lease.worker), self.models.get(lease.model)
+        return worker is not None and model is not None and model.provider in worker.status.broken

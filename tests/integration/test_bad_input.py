@@ -73,6 +73,7 @@ WRONG: list[tuple[str, bytes | dict[str, Any], str, str | None]] = [
     ("tool name", chat(tools=[{"type": "function", "function": {"name": "a b"}}]), "invalid_request",
      "tools[0].function.name"),
     ("choice of no tools", chat(tool_choice="required"), "invalid_request", None),
+    ("service_tier", chat(service_tier="batch"), "invalid_request", "service_tier"),
     ("unknown field", chat(best_of=2), "unsupported_parameter", "best_of"),
     ("unknown inner field", chat(stream=True, stream_options={"x": 1}), "unsupported_parameter", "stream_options.x"),
     ("image", chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),

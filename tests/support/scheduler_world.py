@@ -51,6 +51,8 @@ class Machine:
     """Commands that it has not read."""
     term: int = 0
     fence: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+    """Providers whose breaker is open."""
     resident: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Model -> (epoch, state); all take memory but failed ones and ghosts: gone, and shown as if they were not."""
     running: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
@@ -173,6 +175,7 @@ class World:
             "an untrusted worker is used",
         )
         hold(not known.status.stopping, "a stopping worker is used")
+        hold(MODELS[request.model].provider not in known.status.broken, "a broken provider is used")
         lease = self.pool.leases[worker, request.model]
         hold(lease.epoch == epoch and lease.state is LeaseState.ACTIVE, "a lease that is not active is used")
         hold(request.attempt > self.given.get(request.id, 0), "an attempt is given twice")
@@ -218,6 +221,10 @@ class World:
         """It goes on where it was."""
         self.machines[name].paused = False
 
+    def breaker(self, name: str, provider: str, *, is_open: bool) -> None:
+        """A provider's breaker opens or closes on a worker; the next heartbeat tells."""
+        self.machines[name].broken = {provider: "it does not answer"} if is_open else {}
+
     def heartbeat(self, name: str, *, stopping: bool = False) -> None:
         machine = self.machines[name]
         if not machine.alive or machine.paused:
@@ -232,7 +239,7 @@ class World:
         status = WorkerStatus(
             name, str(machine.boot), "default", machine.term, self.now, providers=["p", "q"],
             resident=resident, running=running, stopping=stopping,
-            devices=[Device("d", SIZE, ["p"])], fence=machine.fence,
+            devices=[Device("d", SIZE, ["p"])], fence=machine.fence, broken=machine.broken,
         )  # fmt: skip
         self.tell(messages.WorkerSeen(status))
 
@@ -330,6 +337,7 @@ class World:
             self.boot(name)
         self.resume(name)
         self.read(name)
+        self.machines[name].broken = {}
         for _ in range(3):
             self.heartbeat(name)
             while self.grants:
@@ -364,6 +372,12 @@ class World:
             places += request_id in pool.recovering
             hold(places == 1, f"{request_id} is in {places} places")
         hold(waiting <= len(self.live), "what has ended waits")
+        for model, queue in pool.queues.items():
+            known = [
+                w.status for w in pool.workers.values() if w.usable and MODELS[model].provider in w.status.providers
+            ]
+            hopeless = bool(known) and all(MODELS[model].provider in status.broken for status in known)
+            hold(not (queue and hopeless), f"{model} is waited for, and its provider is broken everywhere")
         hold(self.loads <= 2 * len(self.asked) + self.excuses, f"{self.loads} loads for {len(self.asked)} requests")
 
     def finish_all(self) -> None:

@@ -165,7 +165,7 @@ class Stack:
         self.key = "hr-admin-of-the-tests"
         config = data_dir.with_suffix(".toml")
         config.write_text(
-            CONFIG.format(upstream=upstream_url, closed=_closed_port()) + (SMOLLM2 if small_model else "") + models
+            CONFIG.format(upstream=upstream_url, closed=closed_port()) + (SMOLLM2 if small_model else "") + models
         )
         self._command = up_command(config, data_dir)
         self._command += [f"--replicas={role}={count}" for role, count in (replicas or {}).items()]
@@ -274,7 +274,7 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
 
 
-def _closed_port() -> int:
+def closed_port() -> int:
     """A port that nothing listens on: below the ranges of stacks and of outgoing connections."""
     return next(port for port in range(1_024 + 7, 20_000) if is_free("127.0.0.1", port))
 

@@ -53,12 +53,12 @@ def test_what_is_not_honoured_is_refused_by_name() -> None:
 
 def test_a_byte_bound_refuses_only_what_cannot_fit() -> None:
     model = Model("m", "p", "t", context_length=10)
-    check_context(parse(chat(messages=[{"role": "user", "content": "é" * 640}])), model)
+    check_context(parse(chat(messages=[{"role": "user", "content": "é" * 640}]))[0], model)
     with pytest.raises(ContextLengthExceeded):
-        check_context(parse(chat(messages=[{"role": "user", "content": "é" * 704}])), model)
+        check_context(parse(chat(messages=[{"role": "user", "content": "é" * 704}]))[0], model)
     parts = [{"type": "text", "text": "x" * 704}, {"type": "text", "text": "x" * 704}]
     with pytest.raises(ContextLengthExceeded):
-        check_context(parse(chat(messages=[{"role": "user", "content": parts}])), model)
+        check_context(parse(chat(messages=[{"role": "user", "content": parts}]))[0], model)
 
 
 def events(raw: bytes) -> list[tuple[str | None, Any]]:

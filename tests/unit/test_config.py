@@ -12,7 +12,7 @@ from headrace.config import OPTIONS, Config, ConfigError, default_config, load_c
 from headrace.toml_lines import line_of, locate
 from processors.generation.providers.factory import OllamaOptions, RemoteOptions
 from processors.generation.providers.llama_cpp import Options as LlamaOptions
-from schemas.control import Price
+from schemas.control import CAPABILITIES, Price
 
 GOOD = """\
 # A whole configuration.
@@ -118,6 +118,16 @@ def test_faults_of_memory_and_times_name_their_line(old: str, new: str, message:
     assert str(raised.value).startswith("f.toml" + message), raised.value
 
 
+def test_capabilities_and_fallbacks_reach_the_record() -> None:
+    plain = parse_config(GOOD).models[1].record()
+    assert (plain.capabilities, plain.fallbacks) == (("chat",), ())
+    told = GOOD.replace("preload = false", 'capabilities = ["code", "tools"]\nfallbacks = ["smollm2"]')
+    model = parse_config(told).models[1].record()
+    assert (model.capabilities, model.fallbacks) == (("code", "tools"), ("smollm2",))
+    for name in CAPABILITIES:
+        parse_config(GOOD.replace("preload = false", f'capabilities = ["{name}"]'))
+
+
 def test_without_a_file_the_packaged_model_is_served() -> None:
     assert load_config(None) == default_config()
     model = default_config().models[0].record()
@@ -178,6 +188,28 @@ def test_without_a_file_the_packaged_model_is_served() -> None:
         ("preload = false", "preload = 7", 29, "models[1].preload: input should be a valid boolean"),
         ('backend_tag = "meta/big"\n', "", 24, "models[1].backend_tag: is missing"),
         ('id = "big"', 'id = "b g"', 25, "models[1].id: 'b g' does not match"),
+        ('id = "big"', 'id = "auto"', 25, "models[1].id: 'auto' is reserved"),
+        ('  "gpt-4o-mini",', '  "auto:poems",', 18, "models[0].aliases[0]: 'auto:poems' is reserved"),
+        (
+            "preload = false",
+            'capabilities = ["vison"]',
+            29,
+            "models[1].capabilities[0]: input should be 'chat', 'code'",
+        ),
+        (
+            "preload = false",
+            'fallbacks = ["smollm"]',
+            29,
+            "models[1].fallbacks[0]: no model has the id 'smollm'; did you",
+        ),
+        ("preload = false", 'fallbacks = ["gpt-4o-mini"]', 29, "models[1].fallbacks[0]: no model has the id"),
+        ("preload = false", 'fallbacks = ["big"]', 29, "models[1].fallbacks[0]: a model cannot be its own fallback"),
+        (
+            "preload = false",
+            'fallbacks = ["smollm2", "smollm2"]',
+            29,
+            "models[1].fallbacks[1]: 'smollm2' stands in the list already",
+        ),
     ],
 )
 def test_an_error_names_file_line_and_field(old: str, new: str, line: int, message: str) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from headrace.errors import (
     ContextLengthExceeded,
     HeadraceError,
+    ProviderDeclined,
     ProviderError,
     ProviderRateLimited,
     ProviderRefused,
@@ -205,7 +206,7 @@ def test_any_bytes_give_pieces_or_a_provider_error(chunks: list[bytes], start: i
             "8 tokens",
         ),
         (401, b'{"error":{"message":"Incorrect API key provided: sk-secret"}}', ProviderError, "check the provider's"),
-        (404, b'{"error":"model not found"}', ProviderError, "backend_tag"),
+        (404, b'{"error":"model not found"}', ProviderDeclined, "backend_tag"),
         (429, b"slow down", ProviderRateLimited, "slow down"),
         (503, b"{}", ProviderUnavailable, "takes no requests now"),
         (529, b'{"error":{"message":"Overloaded"}}', ProviderUnavailable, "Overloaded"),

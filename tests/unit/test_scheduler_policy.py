@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from processors.scheduler import messages, policy
+from processors.scheduler import messages, placement, policy
 from processors.scheduler.messages import Action
 from processors.scheduler.policy import step
 from processors.scheduler.queues import Queue
@@ -65,6 +65,11 @@ class Walk(RuleBasedStateMachine):
     @rule(name=_worker, stopping=st.sampled_from([False, False, False, True]))
     def heartbeat(self, name: str, stopping: bool) -> None:
         self.world.heartbeat(name, stopping=stopping)
+
+    @rule(name=_worker, provider=st.sampled_from(["p", "q"]), is_open=st.booleans())
+    def breaker(self, name: str, provider: str, is_open: bool) -> None:
+        self.world.breaker(name, provider, is_open=is_open)
+        self.world.heartbeat(name)
 
     @rule()
     def grant(self) -> None:
@@ -517,3 +522,85 @@ def test_a_worker_forgets_a_failed_model_that_was_removed() -> None:
     status = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], resident=[Resident("one", 5, "failed")])
     step(pool, messages.WorkerSeen(status), 0)
     assert step(pool, messages.ModelsChanged({}), 0) == [messages.Unload("w1", "b1", "one", 5)]
+
+
+def heartbeat(name: str, *resident: Resident, broken: tuple[str, ...] = ()) -> messages.WorkerSeen:
+    return messages.WorkerSeen(
+        WorkerStatus(
+            name, f"b-{name}", "default", TERM, 0, providers=["p", "q"], resident=list(resident),
+            broken=dict.fromkeys(broken, "it does not answer"),
+        )
+    )  # fmt: skip
+
+
+def two_workers() -> tuple[Pool, dict[str, Resident]]:
+    """A pool whose two workers hold a model of provider p."""
+    pool = Pool(term=TERM, models={"m": Model("m", "p", "t", max_concurrency=1)})
+    held: dict[str, Resident] = {}
+    for epoch, name in enumerate(("w1", "w2"), start=1):
+        step(pool, heartbeat(name), 0)
+        step(pool, messages.LeaseGranted(name, "m", epoch), 0)
+        held[name] = Resident("m", epoch, "active")
+        step(pool, heartbeat(name, held[name]), 0)
+    return pool, held
+
+
+def arrive(pool: Pool, request_id: str, now_ms: int = 0) -> list[Action]:
+    return step(pool, messages.Arrived(Request(request_id, "t", "m", now_ms, now_ms + 9_999)), now_ms)
+
+
+def test_a_worker_whose_provider_is_broken_gets_nothing_of_it() -> None:
+    pool, held = two_workers()
+    step(pool, heartbeat("w1", held["w1"], broken=("p",)), 0)
+    step(pool, heartbeat("w2", held["w2"], broken=("q",)), 0)
+    assert [action.worker for action in arrive(pool, "a") if isinstance(action, messages.Assign)] == ["w2"]
+    assert [type(action) for action in arrive(pool, "b")] == [messages.Enqueued], "it waits for the one that works"
+    assert policy.broken_reason(pool, pool.models["m"]) is None
+    again = step(pool, heartbeat("w1", held["w1"]), 0)
+    assert [action.worker for action in again if isinstance(action, messages.Assign)] == ["w1"]
+
+
+def test_what_waits_for_a_provider_that_is_broken_everywhere_fails_at_once() -> None:
+    pool, held = two_workers()
+    for request_id in ("a", "b", "c"):
+        arrive(pool, request_id)
+    step(pool, heartbeat("w1", held["w1"], broken=("p",)), 0)
+    assert pool.queued == 1
+    [end] = step(pool, heartbeat("w2", held["w2"], broken=("p",)), 0)
+    assert isinstance(end, messages.End) and end.request.id == "c"
+    assert (end.status, end.code, end.retry_after_s) == (Status.FAILED, "provider_error", policy.BROKEN_RETRY_S)
+    assert "it does not answer" in end.message
+    assert set(pool.running) == {"a", "b"}, "what runs may yet end well"
+    [late] = arrive(pool, "d")
+    assert isinstance(late, messages.End) and late.code == "provider_error"
+    assert policy.broken_reason(pool, pool.models["m"]) == "it does not answer"
+
+
+def test_a_model_is_not_loaded_where_its_provider_is_broken() -> None:
+    pool = Pool(term=TERM, models={"m": Model("m", "p", "t")})
+    assert step(pool, heartbeat("w1", broken=("p",)), 0) == []
+    assert [type(action) for action in step(pool, heartbeat("w1"), 0)] == [messages.Grant]
+
+
+@pytest.mark.parametrize("fallbacks", [("other",), ()])
+def test_a_load_that_failed_is_tried_again_while_its_requests_go_to_a_fallback(fallbacks: tuple[str, ...]) -> None:
+    pool = Pool(term=TERM, models={"m": Model("m", "p", "t", preload=False, fallbacks=fallbacks)})
+    step(pool, heartbeat("w1"), 0)
+    arrive(pool, "a")
+    step(pool, messages.LeaseGranted("w1", "m", 1), 0)
+    ends = step(pool, heartbeat("w1", Resident("m", 1, "failed", error="no")), 0)
+    assert [action.code for action in ends if isinstance(action, messages.End)] == ["provider_error"]
+    assert policy.load_error(pool, "m") == "no"
+    assert step(pool, messages.Tick(), placement.RELOAD_AFTER_MS - 1) == []
+    again = [type(action) for action in step(pool, messages.Tick(), placement.RELOAD_AFTER_MS)]
+    assert again == ([messages.Grant] if fallbacks else []), "without one the next request asks for it"
+
+
+def test_a_wait_beyond_the_deadline_is_refused_with_an_honest_estimate() -> None:
+    pool, _ = two_workers()
+    for number in range(6):
+        arrive(pool, f"r{number}")
+    pool.service_ms["m"] = 5_100.0  # 4 wait for 2 slots
+    [end] = arrive(pool, "late")
+    assert isinstance(end, messages.End) and (end.status, end.code) == (Status.REJECTED, "service_unavailable")
+    assert "about 11 s" in end.message and end.retry_after_s == 11

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from headrace.errors import ContextLengthExceeded, ProviderError, UnsupportedParameter
+from headrace.errors import ContextLengthExceeded, ProviderDeclined, ProviderError, UnsupportedParameter
 from processors.generation.providers import chat, llama_body, llama_facts, llama_models
 from processors.generation.providers.base import (
     RAM,
@@ -142,9 +142,10 @@ class LlamaCpp(Provider):
                 async for batch in stream:
                     yield batch
         except ProviderError as problem:
+            # Each model has an engine of its own: how one does says nothing of the others.
             if await server.wait_exited(0.5):
-                raise ProviderError(f"the engine of model {model.id!r} died: {server.how_it_ended()}") from problem
-            raise
+                raise ProviderDeclined(f"the engine of model {model.id!r} died: {server.how_it_ended()}") from problem
+            raise ProviderDeclined(problem.message, retry_after_s=problem.retry_after_s) from problem
 
     async def embed(self, model: Model, texts: builtins.list[str]) -> builtins.list[builtins.list[float]]:
         """One vector a text, if the provider's option `embeddings` is on."""
@@ -200,9 +201,9 @@ class LlamaCpp(Provider):
     def _running(self, model: Model) -> LlamaServer:
         known = self._servers.get(model.id)
         if known is None:
-            raise ProviderError(f"model {model.id!r} is not loaded on provider {self.name!r}")
+            raise ProviderDeclined(f"model {model.id!r} is not loaded on provider {self.name!r}")
         if known[1].exited:
-            raise ProviderError(f"the engine of model {model.id!r} died: {known[1].how_it_ended()}")
+            raise ProviderDeclined(f"the engine of model {model.id!r} died: {known[1].how_it_ended()}")
         return known[1]
 
     async def _stop(self, model_id: str) -> None:

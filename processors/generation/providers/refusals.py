@@ -11,6 +11,7 @@ import msgspec
 from headrace.errors import (
     ContextLengthExceeded,
     HeadraceError,
+    ProviderDeclined,
     ProviderError,
     ProviderRateLimited,
     ProviderRefused,
@@ -131,7 +132,7 @@ def from_fault(where: str, status: int, fault: Fault, after_s: int | None = None
         return ProviderError(f"{where} refused our credentials (HTTP {status}): check the provider's api_key_env")
     said = _SECRETS.sub("…", fault.message) or "it gave no reason"
     if status == 404:
-        return ProviderError(f"{where} knows no such path or model: check base_url and backend_tag ({said})")
+        return ProviderDeclined(f"{where} knows no such path or model: check base_url and backend_tag ({said})")
     if status == _RATE_LIMITED:
         wait_s = RATE_LIMITED_RETRY_S if after_s is None else after_s
         return ProviderRateLimited(f"{where} has a limit that is used up (HTTP {status}): {said}", retry_after_s=wait_s)
