@@ -12,7 +12,8 @@ from redis.asyncio import Redis
 from headrace.errors import Unavailable
 from headrace.projection import Outcome, Projection
 from headrace.registry import MAX_AGE_S, Registry
-from tests.support.valkey import BIG, KEY, MODELS, OFFSETS, SHA, SMALL, Clock, Valkey, fill, put_key, put_model
+from schemas.control import Key
+from tests.support.valkey import BIG, KEY, KEYS, MODELS, OFFSETS, SHA, SMALL, Clock, Valkey, fill, put_key, put_model
 
 
 @pytest.fixture
@@ -62,6 +63,28 @@ async def test_a_whole_projection_is_served(registry: Registry, projection: Proj
     assert (list(snapshot.providers), list(snapshot.apps)) == (["local"], ["default"])
     assert await registry.key(SHA) == KEY
     assert await registry.key("cd" * 32) is None
+
+
+async def test_a_key_is_found_by_its_id_as_well(registry: Registry, projection: Projection) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    assert await registry.key_by_id(KEY.id) == KEY
+    assert await registry.key_by_id(SHA) is None and await registry.key(KEY.id) is None
+    revoked = msgspec.structs.replace(KEY, enabled=False)
+    await put_key(projection, revoked, 1)
+    await until(lambda: _is(registry.key_by_id(KEY.id), revoked), within=0.75)
+    renamed = msgspec.structs.replace(KEY, id="key-2")
+    await put_key(projection, renamed, 2)
+    await until(lambda: _is(registry.key_by_id(KEY.id), None), within=0.75)
+    assert await registry.key_by_id("key-2") == renamed
+    await projection.apply("keys", SHA, None, topic=KEYS, offset=3)
+    await until(lambda: _is(registry.key_by_id("key-2"), None), within=0.75)
+    await fill(projection)
+    await until(lambda: _is(registry.key_by_id(KEY.id), KEY), within=0.75)
+
+
+async def _is(asked: Awaitable[Key | None], wanted: Key | None) -> bool:
+    return await asked == wanted
 
 
 async def test_a_server_that_answers_text_is_read_as_well(valkey: Valkey, projection: Projection) -> None:
