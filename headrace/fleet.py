@@ -90,6 +90,8 @@ class Fleet:
             backend_tag=model.backend_tag,
             pool=model.pool,
             enabled=model.enabled,
+            capabilities=list(model.capabilities),
+            fallbacks=list(model.fallbacks),
             preload=model.preload,
             pinned=model.pinned,
             keep_alive_ms=model.keep_alive_ms,
@@ -102,7 +104,7 @@ class Fleet:
                 currency=price.currency, version=price.version,
             ),
             state=state.state if state is not None else "unloaded" if not model.enabled else "unknown",
-            error=status.failed_models.get(model.id) if status is not None else None,
+            error=(status.broken_models | status.failed_models).get(model.id) if status is not None else None,
             asked=_asked(status, model.id),
             queued=state.queued if state is not None else 0,
             running=state.running if state is not None else 0,
@@ -151,6 +153,7 @@ def _worker_view(status: WorkerStatus, held: Mapping[tuple[str, str], int], now_
         heard_ms=status.at_ms,
         age_ms=age,
         providers=list(status.providers),
+        broken=dict(status.broken),
         devices=[
             DeviceView(id=device.id, bytes=device.bytes, held_bytes=held.get((status.worker, device.id), 0))
             for device in status.devices

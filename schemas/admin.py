@@ -51,6 +51,8 @@ class ModelView(BaseModel):
     backend_tag: str
     pool: str
     enabled: bool
+    capabilities: list[str]
+    fallbacks: list[str]
     preload: bool
     pinned: bool
     keep_alive_ms: int | None
@@ -64,7 +66,7 @@ class ModelView(BaseModel):
     state: str
     """`active`, `loading`, `draining`, `failed`, `unloaded`, or `unknown` while the pool's scheduler is not heard."""
     error: str | None
-    """Why it could not be loaded."""
+    """Why nobody can serve it: it could not be loaded, or its provider's circuit breaker is open everywhere."""
     asked: Literal["load", "unload"] | None
     """What an operator asked for that is in force: it is to be loaded, or to stay out until it is called."""
     queued: int
@@ -116,6 +118,8 @@ class WorkerView(BaseModel):
     age_ms: int
     """How long ago that was."""
     providers: list[str]
+    broken: dict[str, str]
+    """Providers whose circuit breaker is open there -> why."""
     devices: list[DeviceView]
     residents: list[ResidentView]
     running: int

@@ -134,6 +134,8 @@ def show_model(name: Name, as_json: AsJson = False, data_dir: DataDir = None) ->
         ("aliases", ", ".join(view.aliases)),
         ("provider", f"{view.provider}: {view.backend_tag}"),
         ("pool", view.pool),
+        ("good for", ", ".join(view.capabilities)),
+        ("fallbacks", ", ".join(view.fallbacks)),
         ("state", _state(view)),
         ("error", view.error or ""),
         ("context", f"{view.context_length} tokens, {view.max_concurrency} requests at once on a worker"),
