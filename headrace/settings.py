@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     """Comma-separated addresses whose `X-Forwarded-*` headers are believed; empty means none."""
     drain_timeout: float = Field(default=30.0, ge=0)
     """How long a stopping role lets running work finish."""
-    request_deadline: float = Field(default=600.0, gt=0)
+    request_deadline: float = Field(default=600.0, gt=0, le=86_400)
     """Default limit on a request from acceptance to terminal, unless its caller asks for less."""
     first_status_timeout: float = Field(default=10.0, gt=0)
     """The ingress sends an HTTP status at the latest after this long, even if nothing was generated yet."""

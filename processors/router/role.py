@@ -113,6 +113,7 @@ class Router:
         return snapshot.models.get(text(before), model) if isinstance(before, bytes | str) else model
 
     async def _forward(self, request: Request, choice: Choice, model: Model, at_ms: int) -> list[Awaitable[object]]:
+        """Hand a request on to its model's pool, and tell its caller's ingress where that is not the one it named."""
         record = routed(request, model, at_ms)
         waits: list[Awaitable[object]] = []
         elsewhere = record.alias not in (model.id, *model.aliases)
@@ -134,9 +135,7 @@ class Router:
             detail["fallback"] = True
         if choice.explanation and model is choice.model:
             detail["not_chosen"] = choice.explanation
-        self._outcomes.event(
-            record.request_id, record.tenant, Stage.ROUTED, at_ms=record.routed_ms, detail=detail
-        )  # fmt: skip
+        self._outcomes.event(record.request_id, record.tenant, Stage.ROUTED, at_ms=record.routed_ms, detail=detail)
         return waits
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.errors import (
@@ -100,6 +100,7 @@ def test_after_it_closed_it_begins_anew() -> None:
     assert (breaker.state, breaker.probe_at) == (State.OPEN, 3 + PAUSE_S)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["ok", "fail", "probe", "no"]), st.floats(0, 10)), max_size=200))
 def test_it_always_comes_back_within_its_longest_pause(steps: list[tuple[str, float]]) -> None:
     breaker, now = Breaker(), 0.0

@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import msgspec
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headrace.asked import IMAGE_TOKENS, Needs, needs, read
@@ -111,6 +111,7 @@ def task_needs(name: str, what: Needs) -> Needs:
     return Needs(what.capabilities | {TASKS[name]}, what.prompt_tokens, what.limit) if name in TASKS else what
 
 
+@settings(deadline=None)
 @given(_models, _keys, _names, _needs, _standings)
 def test_no_key_reaches_a_model_that_it_may_not_name(
     models: list[Model], who: Key | None, name: str, what: Needs, stands: dict[str, Standing]
@@ -123,6 +124,7 @@ def test_no_key_reaches_a_model_that_it_may_not_name(
     assert all(one == name or (who is not None and who.may_use(model(one))) for one in told), "it tells of others"
 
 
+@settings(deadline=None)
 @given(_models, _keys, _names, _needs, _standings)
 def test_no_model_is_chosen_that_lacks_what_is_needed_or_is_disabled(
     models: list[Model], who: Key | None, name: str, what: Needs, stands: dict[str, Standing]
@@ -136,6 +138,7 @@ def test_no_model_is_chosen_that_lacks_what_is_needed_or_is_disabled(
             assert wanted.prompt_tokens + (wanted.limit or 0) <= found.model.context_length
 
 
+@settings(deadline=None)
 @given(_models, _keys, _names, _needs, _standings, st.randoms(use_true_random=False))
 def test_the_choice_is_a_function_of_what_is_known(
     models: list[Model], who: Key | None, name: str, what: Needs, stands: dict[str, Standing], chance: object
@@ -147,6 +150,7 @@ def test_the_choice_is_a_function_of_what_is_known(
     assert chosen(shuffled, who, name, wanted, stands) == first
 
 
+@settings(deadline=None)
 @given(_models, _keys, st.sampled_from(sorted(TASKS)), _needs, _standings)
 def test_nobody_better_is_passed_over(
     models: list[Model], who: Key | None, name: str, what: Needs, stands: dict[str, Standing]
@@ -167,6 +171,7 @@ def test_nobody_better_is_passed_over(
         assert {one for one, _ in found.passed_over} >= {one.id for one in able} - {found.model.id}
 
 
+@settings(deadline=None)
 @given(_models, _keys, st.sampled_from(NAMES), _needs, _standings)
 def test_a_model_that_can_serve_is_never_left_for_a_fallback(
     models: list[Model], who: Key | None, name: str, what: Needs, stands: dict[str, Standing]
