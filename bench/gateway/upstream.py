@@ -3,7 +3,8 @@
 `python -m bench.gateway.upstream --port N` serves `/v1/chat/completions` (streamed or not), `/v1/models`, `/stats`
 and `/health`. A `#bench` line in the last message (see `spec.py`) says what each answer shall be. Token k reads
 ` t{k}@{ns}`, where ns is CLOCK_MONOTONIC at the moment of writing: one clock for all processes of a host, so a
-reader subtracts it from its own time and has the delay of that token.
+reader subtracts it from its own time and has the delay of that token. A last message of the assistant with such tokens
+is continued after its last one.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Everything that is the same for all tokens of a stream is rendered once a reques
 
 from __future__ import annotations
 
+import re
 import time
 
 import msgspec
@@ -17,6 +18,7 @@ STREAM_HEAD = (
 )
 DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 GARBAGE = b'data: {"choices":[{"delta":{"content":"\xff\xfe\n\n'
+TOKEN = re.compile(r" t(\d+)@\d+")
 REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
 
 
@@ -30,6 +32,7 @@ class Part(msgspec.Struct):
 class Message(msgspec.Struct):
     """A chat message, as far as the upstream reads it."""
 
+    role: str = "user"
     content: str | list[Part] | None = None
 
     def text(self) -> str:
@@ -59,13 +62,29 @@ class Chat(msgspec.Struct):
     n: int | None = 1
 
     def spec(self, default: Spec) -> Spec:
-        """The spec of the last message, else of `metadata.bench`, else of `user`. Raises SpecError."""
-        text = self.messages[-1].text() if self.messages else ""
+        """The spec of the last message, else of `metadata.bench`, else of `user`. Raises SpecError.
+
+        An answer that has begun (a last message of the assistant) goes on after its last token.
+        """
+        asked = self.messages[:-1] if self.begun() else self.messages
+        text = asked[-1].text() if asked else ""
         if MARK not in text and self.metadata and "bench" in self.metadata:
             text = f"{MARK} {self.metadata['bench']}"
         if MARK not in text and self.user:
             text = self.user
-        return parse(text, default)
+        spec = parse(text, default)
+        if tokens := TOKEN.findall(self.begun()):
+            after = int(tokens[-1]) + 1
+            left = spec.seq + spec.tokens - after
+            # The prompt now holds what was said, as it does for an engine.
+            prompt = None if spec.prompt_tokens is None else spec.prompt_tokens + len(tokens)
+            spec = msgspec.structs.replace(spec, seq=after, tokens=left, prompt_tokens=prompt)
+        return spec
+
+    def begun(self) -> str:
+        """What the assistant has said of the answer."""
+        last = self.messages[-1] if self.messages else Message()
+        return last.text() if last.role == "assistant" else ""
 
     def limit(self) -> int | None:
         """The most tokens that the caller allows, None if it does not say."""

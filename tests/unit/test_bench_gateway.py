@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+import msgspec
 import pytest
 
 from bench.gateway.answers import MS, StreamedAnswer, WholeAnswer
@@ -277,3 +278,17 @@ def test_targets_are_judged_from_the_figures_of_one_run() -> None:
         ("10.0% of a core", "met"),
     ]
     assert judge([], None, None) == []
+
+
+def test_an_answer_that_has_begun_goes_on_after_its_last_token() -> None:
+    line = Spec(tokens=10, seq=100, prompt_tokens=5, interval_ms=0).line()
+    asked = {"role": "user", "content": f"count\n{line}"}
+    begun = {"role": "assistant", "content": " t100@7 t101@8 t102@9"}
+    chat = chat_decoder.decode(msgspec.json.encode({"messages": [asked, begun], "max_tokens": 4}))
+    spec = chat.spec(Spec())
+    assert (spec.seq, spec.tokens, spec.prompt_tokens) == (103, 7, 8)
+    caller, _ = play(spec, limit=chat.limit())
+    assert [number for number in range(100, 110) if f" t{number}@".encode() in caller.data] == [103, 104, 105, 106]
+    assert b'"length"' in caller.data
+    fresh = chat_decoder.decode(msgspec.json.encode({"messages": [begun, asked]})).spec(Spec())
+    assert (fresh.seq, fresh.tokens) == (100, 10)
