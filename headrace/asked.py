@@ -35,6 +35,11 @@ class Asked(msgspec.Struct):
     max_completion_tokens: int | None = None
     tools: list[msgspec.Raw] | None = None
     response_format: _Format | None = None
+    n: msgspec.Raw = msgspec.Raw()
+    logprobs: msgspec.Raw = msgspec.Raw()
+    tool_choice: msgspec.Raw = msgspec.Raw()
+    reasoning_effort: msgspec.Raw = msgspec.Raw()
+    """These undecoded: what is wrong in them is for others to refuse."""
 
     @property
     def limit(self) -> int | None:

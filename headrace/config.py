@@ -30,9 +30,11 @@ OPTIONS: dict[str, dict[str, type]] = {
         "embeddings": str,
     },
     "ollama": {**_REMOTE_OPTIONS, "memory_bytes": int, "parallel": int},
-    "openai": _REMOTE_OPTIONS,
+    "openai": {**_REMOTE_OPTIONS, "continues": str},
 }
 """Options of each kind of provider; the workers' providers have the same ones."""
+_VALUES: dict[str, tuple[str, ...]] = {"continues": control.CONTINUES}
+"""What an option may be, where that is not any value of its type."""
 
 
 class ConfigError(Exception):
@@ -120,6 +122,8 @@ def _check_option(kind: str, name: str, value: object) -> None:
     wanted = (int, float) if known[name] is float else known[name]
     if not isinstance(value, wanted) or (isinstance(value, bool) and known[name] is not bool):
         raise ValueError(f"options.{name}: must be {'a number' if known[name] is not str else 'a text'}, not {value!r}")
+    if name in _VALUES and value not in _VALUES[name]:
+        raise ValueError(f"options.{name}: must be {' or '.join(_VALUES[name])}, not {value!r}")
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,8 @@ from decimal import Decimal
 import msgspec
 
 ANY_MODEL = "*"
+CONTINUES = ("prefill", "vllm")
+"""How a server that speaks OpenAI's API is asked to go on with a text: values of the provider option `continues`."""
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 """Bounds of an app's weight: none starves, and none has all."""
 
@@ -36,6 +38,15 @@ class Provider(msgspec.Struct, frozen=True, omit_defaults=True):
     api_key_env: str | None = None
     """Name of the environment variable, on the worker, that holds the key; the key itself is never in a record."""
     options: dict[str, str | int | float | bool] = {}
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether it goes on with a text that another worker generated; `Provider.can_continue` of the worker's side.
+
+        Ollama does for some models only: it depends on each model's template whether a last message of the assistant
+        is closed.
+        """
+        return self.kind == "llama_cpp" or (self.kind == "openai" and self.options.get("continues") in CONTINUES)
 
 
 class Price(msgspec.Struct, frozen=True):

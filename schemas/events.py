@@ -76,9 +76,18 @@ class Routed(msgspec.Struct, omit_defaults=True):
     """SHA-256 of the body, to tell a duplicate from another request under the same id."""
     price: Price | None = None
     traceparent: str | None = None
+    choices: int = 0
+    """How many choices were asked for; 0 where that is not known."""
+    continuable: bool = False
+    """Whether an answer to this body may be continued from its text, if the model's provider can.
+
+    False from a router of an earlier version: workers, which are upgraded before routers, know what to do by then.
+    """
 
 
 INLINE_BODY_BYTES = 64 * 1024
+MAX_EMITTED_BYTES = 512 * 1024
+"""Longest text, as JSON, that a command carries for an attempt to go on from: a command has at most 1 MiB."""
 
 
 class TermCommand(msgspec.Struct, tag_field="type", tag="term"):
@@ -120,8 +129,14 @@ class GenerateCommand(msgspec.Struct, tag_field="type", tag="generate"):
     epoch: int
     assigned_ms: int
     request: Routed
-    first_seq: int = 0
-    """`seq` of the first frame that this attempt writes; it goes on across attempts."""
+    after_seq: int = 0
+    """`seq` of the last frame of earlier attempts; this one's go on from it."""
+    emitted: str = ""
+    """What earlier attempts generated: this one goes on from there, and never says it again."""
+    tokens: int = 0
+    """Completion tokens of `emitted`."""
+    first_token_ms: int = 0
+    """When its first token was there; 0 where nothing was emitted."""
 
 
 class CancelCommand(msgspec.Struct, tag_field="type", tag="cancel"):
@@ -131,6 +146,8 @@ class CancelCommand(msgspec.Struct, tag_field="type", tag="cancel"):
     request_id: str
     reason: str
     status: Status = Status.CANCELLED
+    attempt: int = 0
+    """Which attempt of it; 0 for any."""
 
 
 Command = TermCommand | LoadCommand | UnloadCommand | GenerateCommand | CancelCommand

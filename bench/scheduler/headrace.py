@@ -17,7 +17,7 @@ from processors.scheduler.messages import (
     Action,
     Arrived,
     Assign,
-    AttemptEmpty,
+    AttemptReady,
     CancelAsked,
     CancelRunning,
     End,
@@ -267,7 +267,7 @@ class Headrace:
         job = self._engine.jobs[request.id]
         if job.open and job.first_ms is None and recover.may_retry:
             self._engine.requeue(job)
-            self._tell(AttemptEmpty(request.id, request.attempt + 1))
+            self._tell(AttemptReady(request.id, request.attempt + 1))
             return
         if job.open:
             self._engine.end(job, "failed")

@@ -10,13 +10,22 @@ import msgspec
 import structlog
 
 from headrace import metrics
-from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest, ProviderDeclined, ProviderError
+from headrace.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    HeadraceError,
+    InvalidRequest,
+    ProviderDeclined,
+    ProviderError,
+    WorkerLost,
+)
+from processors.generation import continuation
 from processors.generation.answer import Answer
 from processors.generation.bodies import Bodies
 from processors.generation.frames_out import FrameWriter
-from processors.generation.providers.base import Provider
+from processors.generation.providers.base import Done, Finish, Piece, Provider
 from schemas.control import Model
-from schemas.events import CancelCommand, ErrorInfo, GenerateCommand, Stage, Status, Terminal, Timings
+from schemas.events import CancelCommand, ErrorInfo, GenerateCommand, Stage, Status, Terminal, Timings, Usage
 from topics.catalogue import MAX_RESULT_BYTES
 from topics.outcomes import Outcomes, now_ms, terminal_delta
 
@@ -47,14 +56,17 @@ class Attempt:
         self._writer = writer
         self._outcomes = outcomes
         self._bodies = bodies
-        self._answer = Answer(command.request.request_id, command.attempt, command.first_seq)
+        self._answer = _answer(command)
         self.answered = False
         """Whether the generation ended by itself: with an answer, or with `failure`."""
         self.failure: HeadraceError | None = None
         self._cancel: CancelCommand | None = None
         self._generating: asyncio.Task[None] | None = None
         self._started_ms = 0
-        self._first_token_ms = 0
+        self._first_token_ms = command.first_token_ms
+        self._size = len(command.emitted)
+        self._urgent = command.request.stream
+        """Whether a caller waits for the next piece: it goes out at once."""
         self._log = log.bind(
             request_id=command.request.request_id, attempt=command.attempt, epoch=command.epoch, model=model.id
         )
@@ -120,25 +132,61 @@ class Attempt:
         return body
 
     async def _generate(self, body: dict[str, Any]) -> None:
-        answer, writer, partition = self._answer, self._writer, self.command.request.reply_partition
-        stream = self.command.request.stream
-        size = 0
-        async with contextlib.aclosing(self._provider.generate(self._model, body)) as batches:
-            async for batch in batches:
-                first = self._first_token_ms == 0
-                for piece in batch:
-                    delta = answer.add(piece)
-                    if delta is not None:
-                        size += len(delta.data)
-                        writer.add(partition, delta, urgent=first and stream, coarse=not stream)
-                if first and answer.started:
-                    await self._first_token()
-                if size > MAX_RESULT_BYTES:
-                    raise ProviderDeclined(f"The answer is over {MAX_RESULT_BYTES} bytes; ask for fewer tokens.")
-        if answer.done is None:
+        if self.command.emitted:
+            await self._continue(body)
+        else:
+            async with contextlib.aclosing(self._provider.generate(self._model, body)) as batches:
+                async for batch in batches:
+                    self._give(batch)
+        if self._answer.done is None:
             raise ProviderError("The provider's stream ended in the middle of the answer.")
 
-    async def _first_token(self) -> None:
+    async def _continue(self, body: dict[str, Any]) -> None:
+        """Go on from what earlier attempts emitted. Raises `WorkerLost` where the provider cannot."""
+        emitted, provider = self.command.emitted, self._provider
+        if not provider.can_continue:
+            raise _not_continued(f"provider {provider.name!r} cannot")
+        seam = continuation.Seam(emitted, continuation.stops_of(body))
+        try:
+            await self._count_emitted(body)
+            if (rest := continuation.remaining(body, self._answer.tokens)) is None:
+                self._give([Finish(0, "length"), Done(None)])
+                return
+            async with contextlib.aclosing(provider.generate(self._model, rest, emitted=emitted)) as batches:
+                async for batch in batches:
+                    self._give(seam.feed(batch))
+                    if self._answer.done is not None:
+                        return
+        except ContextLengthExceeded:
+            # The prompt did fit: the text so far fills the context, which is where the answer ends.
+            self._give([Finish(0, "length"), Done(None)])
+        except InvalidRequest as refusal:
+            # The request itself was taken before.
+            raise _not_continued(refusal.message) from refusal
+
+    async def _count_emitted(self, body: dict[str, Any]) -> None:
+        """Have the engine count what earlier attempts emitted, where it can; frames count a token a piece at least."""
+        whole = await self._provider.count_prompt(self._model, body, emitted=self.command.emitted)
+        prompt = await self._provider.count_prompt(self._model, body)
+        if whole is not None and prompt is not None:
+            self._answer.recount(max(self.command.tokens, whole - prompt))
+
+    def _give(self, batch: list[Piece]) -> None:
+        """Fold pieces and write their frames. Raises `ProviderError` when the answer becomes too large."""
+        answer, request = self._answer, self.command.request
+        for piece in batch:
+            delta = answer.add(piece)
+            if delta is not None:
+                self._size += len(delta.data)
+                self._writer.add(request.reply_partition, delta, urgent=self._urgent, coarse=not request.stream)
+        if batch:
+            self._urgent = False
+        if self._first_token_ms == 0 and answer.started:
+            self._first_token()
+        if self._size > MAX_RESULT_BYTES:
+            raise ProviderDeclined(f"The answer is over {MAX_RESULT_BYTES} bytes; ask for fewer tokens.")
+
+    def _first_token(self) -> None:
         self._first_token_ms = now_ms()
         request = self.command.request
         self._outcomes.event(
@@ -148,35 +196,13 @@ class Attempt:
 
     async def _finish(self, status: Status, error: ErrorInfo | None, body: dict[str, Any] | None) -> None:
         answer, command, request = self._answer, self.command, self.command.request
-        terminal = Terminal(
-            request_id=request.request_id,
-            tenant=request.tenant,
-            attempt=command.attempt,
-            epoch=command.epoch,
-            status=status,
-            key_id=request.key_id,
-            model=self._model.id,
-            alias=request.alias,
-            pool=request.pool,
-            provider=self._provider.name,
-            worker=self._worker,
-            stream=request.stream,
-            reply_partition=request.reply_partition,
-            usage=answer.usage(await self._prompt_tokens(body)),
-            error=error,
-            choices=answer.choices(),
-            system_fingerprint=answer.done.system_fingerprint if answer.done is not None else None,
-            timings=Timings(
-                accepted_ms=request.accepted_ms,
-                routed_ms=request.routed_ms,
-                assigned_ms=command.assigned_ms,
-                started_ms=self._started_ms,
-                first_token_ms=self._first_token_ms,
-                finished_ms=now_ms(),
-            ),
-            price=request.price,
-            last_seq=answer.seq,
-        )
+        usage = answer.usage(await self._prompt_tokens(body))
+        terminal = _terminal(command, self._worker, answer, status, error, usage)
+        terminal.provider = self._provider.name
+        terminal.system_fingerprint = answer.done.system_fingerprint if answer.done is not None else None
+        # An attempt that goes on starts after the first token; the request did not.
+        started_ms = min(self._started_ms, self._first_token_ms or self._started_ms)
+        terminal.timings.started_ms, terminal.timings.first_token_ms = started_ms, self._first_token_ms
         metrics.GENERATED_TOKENS.labels(model=self._model.id).inc(terminal.usage.completion_tokens)
         if request.stream:
             await self._writer.settle(request.reply_partition)
@@ -186,27 +212,58 @@ class Attempt:
         self._log.info("generation_ended", status=status.value, tokens=terminal.usage.completion_tokens)
 
     async def _prompt_tokens(self, body: dict[str, Any] | None) -> int:
-        """The prompt's tokens where the provider did not report them: counted by the engine, else estimated."""
-        if self._answer.done is not None and self._answer.done.usage is not None:
+        """The caller's prompt where the provider did not report it: counted by the engine, else estimated.
+
+        0 where `Answer.usage` has it from what the provider reported.
+        """
+        command, done = self.command, self._answer.done
+        reported = done is not None and done.usage is not None
+        if not self._answer.started or (reported and not command.emitted):
             return 0
-        if not self._answer.started or body is None:
-            return 0
+        if body is None:
+            return command.request.prompt_tokens_estimate
         counted = None
         with contextlib.suppress(TimeoutError, HeadraceError):
             async with asyncio.timeout(COUNT_TIMEOUT_S):
                 counted = await self._provider.count_prompt(self._model, body)
-        return self.command.request.prompt_tokens_estimate if counted is None else counted
+        if counted is None:
+            return 0 if reported else command.request.prompt_tokens_estimate
+        return counted
+
+
+def _answer(command: GenerateCommand) -> Answer:
+    """The answer as far as earlier attempts came."""
+    return Answer(
+        command.request.request_id, command.attempt, command.after_seq, emitted=command.emitted, tokens=command.tokens
+    )
+
+
+def _not_continued(why: str) -> WorkerLost:
+    return WorkerLost(
+        f"The worker died while it generated this answer, and it could not be continued ({why}); what was sent is all"
+        " there is. Send the request again."
+    )
 
 
 def unable(command: GenerateCommand, worker: str, error: HeadraceError) -> Terminal:
-    """The terminal of an attempt that could not begin."""
+    """The terminal of an attempt that could not begin; it holds what earlier ones emitted."""
+    answer = _answer(command)
+    usage = answer.usage(command.request.prompt_tokens_estimate if command.emitted else 0)
+    terminal = _terminal(command, worker, answer, Status.FAILED, error.info(), usage)
+    terminal.timings.first_token_ms = command.first_token_ms
+    return terminal
+
+
+def _terminal(
+    command: GenerateCommand, worker: str, answer: Answer, status: Status, error: ErrorInfo | None, usage: Usage
+) -> Terminal:
     request = command.request
     return Terminal(
         request_id=request.request_id,
         tenant=request.tenant,
         attempt=command.attempt,
         epoch=command.epoch,
-        status=Status.FAILED,
+        status=status,
         key_id=request.key_id,
         model=request.model,
         alias=request.alias,
@@ -214,7 +271,9 @@ def unable(command: GenerateCommand, worker: str, error: HeadraceError) -> Termi
         worker=worker,
         stream=request.stream,
         reply_partition=request.reply_partition,
-        error=error.info(),
+        usage=usage,
+        error=error,
+        choices=answer.choices(),
         timings=Timings(
             accepted_ms=request.accepted_ms,
             routed_ms=request.routed_ms,
@@ -222,4 +281,5 @@ def unable(command: GenerateCommand, worker: str, error: HeadraceError) -> Termi
             finished_ms=now_ms(),
         ),
         price=request.price,
+        last_seq=answer.seq,
     )

@@ -122,7 +122,8 @@ class Worker:
                 self._term = term
                 self.changed.set()
             case CancelCommand(_, request_id):
-                if (attempt := self._running.get(request_id)) is not None:
+                attempt = self._running.get(request_id)
+                if attempt is not None and command.attempt in (0, attempt.command.attempt):
                     attempt.cancel(command)
             case LoadCommand() if command.boot == self.boot:
                 self._load(command)
@@ -215,6 +216,9 @@ class Worker:
         ):
             log.info("command_again", request_id=request_id, attempt=command.attempt)
             return
+        if running is not None:
+            # It was taken for lost: what it writes is void, and it holds a slot of the engine.
+            running.cancel(CancelCommand(command.term, request_id, "The attempt was superseded."))
         held = self._held.get(command.request.model)
         if (
             held is None

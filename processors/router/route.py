@@ -11,6 +11,7 @@ from headrace.asked import Asked, needs, read
 from headrace.choice import Choice, Standing, choose, may_lead_elsewhere
 from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest
 from headrace.registry import Snapshot
+from processors.router.continuable import choices, continuable
 from schemas.control import Key, Model
 from schemas.events import INLINE_BODY_BYTES, NOTHING, BodyRef, Routed, Status, Terminal, Timings
 from topics.catalogue import REPLIES
@@ -112,6 +113,8 @@ def routed(request: Request, model: Model, now_ms: int) -> Routed:
         digest=envelope.digest,
         price=model.price,
         traceparent=envelope.traceparent,
+        choices=choices(asked),
+        continuable=continuable(asked),
     )
 
 

@@ -39,8 +39,8 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptEmpty:
-    """A lost attempt had sent nothing: attempt `attempt` is opened in the log and may be assigned."""
+class AttemptReady:
+    """A lost attempt can be made good: attempt `attempt` is opened in the log and may be assigned."""
 
     request_id: str
     attempt: int
@@ -106,7 +106,7 @@ Event = (
     | Restored
     | CancelAsked
     | Finished
-    | AttemptEmpty
+    | AttemptReady
     | WorkerSeen
     | LeaseGranted
     | ModelsChanged
@@ -188,6 +188,8 @@ class CancelRunning:
     worker: str
     reason: str
     status: Status
+    attempt: int = 0
+    """Which attempt of it; 0 for any."""
 
 
 @dataclass(frozen=True, slots=True)

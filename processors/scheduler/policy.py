@@ -14,7 +14,7 @@ from processors.scheduler.messages import (
     Action,
     Arrived,
     Assign,
-    AttemptEmpty,
+    AttemptReady,
     CancelAsked,
     CancelRunning,
     End,
@@ -62,7 +62,7 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return _cancel(pool, request_id, reason, now_ms)
         case Finished():
             return _finished(pool, event, now_ms)
-        case AttemptEmpty(request_id, attempt):
+        case AttemptReady(request_id, attempt):
             return _requeue(pool, request_id, attempt, now_ms)
         case WorkerSeen(status):
             return _worker_seen(pool, status, now_ms)
@@ -300,7 +300,10 @@ def _progress(pool: Pool, status: WorkerStatus) -> list[Action]:
             pool.queue(known.request.model).charge_tokens(known.request, completion=attempt.tokens)
         else:
             reason = "The attempt was superseded."
-            strays.append(CancelRunning(attempt.request_id, status.worker, reason, Status.CANCELLED))
+            # By its number: another attempt of it may be on its way to the same worker.
+            strays.append(
+                CancelRunning(attempt.request_id, status.worker, reason, Status.CANCELLED, attempt=attempt.attempt)
+            )
     return strays
 
 

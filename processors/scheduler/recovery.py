@@ -1,100 +1,61 @@
-"""Frames of the dead: what a lost attempt had sent, read up to the fence that ends its say."""
+"""Settles requests whose worker was lost: they are generated again, go on elsewhere, are complete, or fail clearly."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
-import structlog
 from aiokafka import TopicPartition
 
 from headrace import metrics
 from headrace.errors import WorkerLost
+from processors.scheduler.fate import Fate, capped, fate
 from processors.scheduler.messages import Recover
+from processors.scheduler.sent import Sent, sent_frames
 from processors.scheduler.tails import Tails
-from schemas.events import NOTHING, AttemptOpened, ErrorInfo, Routed, Stage, Status, Terminal, Timings, Usage
+from processors.scheduler.terminals import terminal_of
+from schemas.control import Provider
+from schemas.events import AttemptOpened, ErrorInfo, Routed, Stage, Status
 from topics import frames, request_log
 from topics.catalogue import LOG, REPLIES
-from topics.clients import LogReader, Producer
+from topics.clients import Producer
 from topics.cluster import Cluster
 from topics.outcomes import Outcomes, now_ms
 
-log = structlog.get_logger(__name__)
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """A request that may be assigned again."""
 
-@dataclass(slots=True)
-class Sent:
-    """What callers may have seen of a request."""
-
-    last_seq: int = 0
-    tokens: int = 0
-    texts: dict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
-    structured: bool = False
-    """Whether something other than plain text was sent (tool deltas, logprobs)."""
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing was sent, so that another attempt may start from the beginning."""
-        return self.last_seq == 0
-
-    def choices(self) -> bytes:
-        """The text so far in the shape of OpenAI's `choices`, cut where the worker was lost."""
-        return msgspec.json.encode(
-            [
-                {"index": index, "message": {"role": "assistant", "content": "".join(parts)}, "finish_reason": None}
-                for index, parts in sorted(self.texts.items())
-            ]
-        )
-
-
-async def sent_frames(cluster: Cluster, partition: int, wanted: dict[str, int], since_ms: int) -> dict[str, Sent]:
-    """What each request of `wanted` (id -> offset of its fence) had sent on a reply partition, in one pass.
-
-    Frames before the fence count, later ones do not. `since_ms` (Unix ms) is when the oldest of them was accepted.
-    """
-    found = {bytes.fromhex(request_id): Sent() for request_id in wanted}
-    views = {rid: frames.StreamView() for rid in found}
-    fences = {bytes.fromhex(request_id): offset for request_id, offset in wanted.items()}
-    tp = TopicPartition(REPLIES.name, partition)
-    async with LogReader(cluster, "scheduler-recovery") as reader:
-        reader.assign([REPLIES], [partition])
-        await reader.seek_to_time([tp], since_ms)
-        async for record in reader.read_to_end([tp]):
-            try:
-                deltas = frames.decode(record.value or b"")
-            except msgspec.MsgspecError:
-                log.error("unreadable", topic=REPLIES.name, partition=partition, offset=record.offset)
-                continue
-            for delta in deltas:
-                view = views.get(delta.rid)
-                if view is not None and record.offset < fences[delta.rid] and view.accept(delta):
-                    _add(found[delta.rid], delta)
-    return {rid.hex(): sent for rid, sent in found.items()}
-
-
-def _add(sent: Sent, delta: frames.Delta) -> None:
-    sent.last_seq = delta.seq
-    sent.tokens += delta.tokens
-    if delta.kind == frames.Kind.TEXT:
-        sent.texts[delta.index].append(delta.data)
-    elif delta.kind == frames.Kind.CHOICES:
-        sent.structured = True
+    request_id: str
+    attempt: int
+    sent: Sent
+    """What the new attempt goes on from; empty where it starts from the beginning."""
 
 
 class Recovery:
-    """Settles requests whose worker was lost: another attempt where nothing was sent, a clear failure where it was."""
+    """Opens attempts, fences the dead, reads what they had sent, and does what `fate` says."""
 
-    def __init__(self, cluster: Cluster, producer: Producer, outcomes: Outcomes, tails: Tails) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        producer: Producer,
+        outcomes: Outcomes,
+        tails: Tails,
+        provider_of: Callable[[str], Provider | None],
+    ) -> None:
+        """`provider_of` gives the provider of a model as the registry has it now."""
         self._cluster = cluster
         self._producer = producer
         self._outcomes = outcomes
         self._tails = tails
+        self._provider_of = provider_of
 
-    async def settle(self, lost: Sequence[tuple[Recover, Routed]]) -> list[tuple[str, int]]:
-        """Settle what is lost; returns the (request id, attempt) that may be assigned again.
+    async def settle(self, lost: Sequence[tuple[Recover, Routed]]) -> list[Again]:
+        """Settle what is lost; returns what may be assigned again.
 
         Idempotent: a scheduler that dies in the middle leaves records that its successor's run builds on.
         """
@@ -111,17 +72,20 @@ class Recovery:
             wanted = {routed.request_id: fences[routed.request_id] for routed in requests}
             since = min(routed.accepted_ms for routed in requests)
             sent |= await sent_frames(self._cluster, partition, wanted, since)
-        again: list[tuple[str, int]] = []
+        again: list[Again] = []
         for action, routed in lost:
             if routed.request_id not in sent:
                 continue
             attempt, seen = attempts[routed.request_id], sent[routed.request_id]
-            if seen.empty and action.may_retry:
-                metrics.ATTEMPTS_LOST.labels(outcome="retried").inc()
-                again.append((routed.request_id, attempt))
-            else:
-                metrics.ATTEMPTS_LOST.labels(outcome="failed").inc()
-                await self._give_up(action, routed, attempt, seen)
+            decided = fate(action, routed, seen, self._provider_of(routed.model))
+            metrics.ATTEMPTS_LOST.labels(outcome=decided.value).inc()
+            match decided:
+                case Fate.RETRIED | Fate.CONTINUED:
+                    again.append(Again(routed.request_id, attempt, seen))
+                case Fate.COMPLETED:
+                    await self._complete(action, routed, attempt, seen)
+                case Fate.FAILED:
+                    await self._give_up(action, routed, attempt, seen)
         return again
 
     async def _open_attempts(self, lost: Sequence[tuple[Recover, Routed]]) -> dict[str, int]:
@@ -158,39 +122,32 @@ class Recovery:
         written = await asyncio.gather(*waits)
         return {routed.request_id: at.offset for (routed, _), at in zip(requests, written, strict=True)}
 
+    async def _complete(self, action: Recover, routed: Routed, attempt: int, sent: Sent) -> None:
+        """End a request whose answer was sent whole; where the cap ended it, its finish reason is sent first."""
+        if capped(routed, sent):
+            rid = bytes.fromhex(routed.request_id)
+            finish = frames.Delta(rid, attempt, sent.last_seq + 1, frames.Kind.FINISH, 0, "length")
+            await self._producer.send(REPLIES.name, frames.encode([finish]), partition=routed.reply_partition)
+            sent.add(finish, now_ms())
+        await self._end(action, routed, attempt, Status.COMPLETED, None, sent)
+
     async def _give_up(self, action: Recover, routed: Routed, attempt: int, sent: Sent) -> None:
         """End a request that cannot be generated again: what was sent is metered, the caller is told."""
-        running = action.running
-        status, error = (
-            Status.FAILED,
-            WorkerLost(
-                "The worker died while it generated this answer; what was sent is all there is. Send the request again."
-            ).info(),
+        if action.running.cancel_asked:
+            left = ErrorInfo(499, "cancelled", "The caller left.")
+            await self._end(action, routed, attempt, Status.CANCELLED, left, sent)
+            return
+        lost = WorkerLost(
+            "The worker died while it generated this answer; what was sent is all there is. Send the request again."
         )
-        if running.cancel_asked:
-            status, error = Status.CANCELLED, ErrorInfo(499, "cancelled", "The caller left.")
-        usage = Usage(completion_tokens=sent.tokens, estimated=True)
-        if not sent.empty:
-            usage.prompt_tokens = routed.prompt_tokens_estimate
-        await self._outcomes.end(
-            Terminal(
-                request_id=routed.request_id,
-                tenant=routed.tenant,
-                attempt=attempt,
-                epoch=running.epoch,
-                status=status,
-                key_id=routed.key_id,
-                model=routed.model,
-                alias=routed.alias,
-                pool=routed.pool,
-                worker=running.worker,
-                stream=routed.stream,
-                reply_partition=routed.reply_partition,
-                usage=usage,
-                error=error,
-                choices=msgspec.Raw(sent.choices()) if sent.texts else NOTHING,
-                timings=Timings(accepted_ms=routed.accepted_ms, routed_ms=routed.routed_ms, finished_ms=now_ms()),
-                price=routed.price,
-                last_seq=sent.last_seq,
-            )
-        )
+        await self._end(action, routed, attempt, Status.FAILED, lost.info(), sent)
+
+    async def _end(
+        self, action: Recover, routed: Routed, attempt: int, status: Status, error: ErrorInfo | None, sent: Sent
+    ) -> None:
+        provider, running = self._provider_of(routed.model), action.running
+        terminal = terminal_of(
+            routed, attempt, status, error, sent=sent, epoch=running.epoch, worker=running.worker,
+            provider=provider.name if provider is not None else "",
+        )  # fmt: skip
+        await self._outcomes.end(terminal)

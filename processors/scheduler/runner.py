@@ -16,9 +16,11 @@ from processors.scheduler import messages, orphans, policy, wishes
 from processors.scheduler.messages import Action, Event
 from processors.scheduler.recovery import Recovery
 from processors.scheduler.report import pool_status
+from processors.scheduler.sent import Sent
 from processors.scheduler.sizes import Sizes
 from processors.scheduler.state import Pool, Request
 from processors.scheduler.tails import Ended, Tails
+from processors.scheduler.terminals import terminal_of
 from schemas.control import Model, Provider
 from schemas.events import (
     NOTHING,
@@ -35,10 +37,7 @@ from schemas.events import (
     Priority,
     Routed,
     Stage,
-    Status,
     TermCommand,
-    Terminal,
-    Timings,
     UnloadCommand,
     WorkerStatus,
 )
@@ -68,6 +67,8 @@ class Held:
 
     routed: Routed
     offset: int
+    sent: Sent | None = None
+    """What lost attempts had sent, while the next one waits for its worker. Kafka has it: it is read again if lost."""
 
 
 class PoolRunner:
@@ -85,7 +86,7 @@ class PoolRunner:
         self._cluster = settings.kafka
         self._producer = producer
         self._outcomes = Outcomes(producer, "scheduler", settings.instance)
-        self._recovery = Recovery(settings.kafka, producer, self._outcomes, tails)
+        self._recovery = Recovery(settings.kafka, producer, self._outcomes, tails, self._provider_of)
         self._declared: dict[str, Model] = {}
         """The models as the registry has them."""
         self._sizes = Sizes()
@@ -197,9 +198,9 @@ class PoolRunner:
                     waits.append(await self._post_live(request))
                     self._outcomes.event(request.id, request.tenant, Stage.QUEUED, attempt=request.attempt)
                 case messages.End(request):
-                    waits.append(self._end(self.held[request.id].routed, action))
-                case messages.CancelRunning(request_id, worker, reason, status):
-                    command = CancelCommand(self.state.term, request_id, reason, status)
+                    waits.append(self._end(self.held[request.id], action))
+                case messages.CancelRunning(request_id, worker, reason, status, attempt):
+                    command = CancelCommand(self.state.term, request_id, reason, status, attempt)
                     waits.append(await self._command(worker, command))
                 case messages.Recover():
                     lost.append(action)
@@ -224,6 +225,9 @@ class PoolRunner:
         held = self.held[request.id]
         at = now_ms()
         command = GenerateCommand(self.state.term, boot, request.attempt, epoch, at, held.routed)
+        if held.sent is not None:
+            _go_on_from(command, held.sent)
+            held.sent = None
         waits = [
             await self._command(worker, command),
             await self._post_live(request, worker=worker, boot=boot, epoch=epoch),
@@ -259,10 +263,10 @@ class PoolRunner:
         )
         return await self._producer.post(LIVE.name, msgspec.json.encode(live), key=request.id, partition=self.partition)
 
-    async def _end(self, routed: Routed, end: messages.End) -> None:
+    async def _end(self, held: Held, end: messages.End) -> None:
         status = HTTP_STATUS[end.code]
         error = ErrorInfo(status, end.code, end.message, retry_after_s=end.retry_after_s if status == 503 else None)
-        await self._outcomes.end(waiting_terminal(routed, end.request.attempt, end.status, error))
+        await self._outcomes.end(terminal_of(held.routed, end.request.attempt, end.status, error, sent=held.sent))
 
     async def _grant(self, grant: messages.Grant) -> None:
         granted = LeaseEvent(
@@ -305,8 +309,14 @@ class PoolRunner:
         pairs = [
             (action, held.routed) for action in lost if (held := self.held.get(action.running.request.id)) is not None
         ]
-        for request_id, attempt in await self._recovery.settle(pairs):
-            await self.feed(messages.AttemptEmpty(request_id, attempt))
+        for again in await self._recovery.settle(pairs):
+            if (held := self.held.get(again.request_id)) is not None:
+                held.sent = again.sent
+                await self.feed(messages.AttemptReady(again.request_id, again.attempt))
+
+    def _provider_of(self, model_id: str) -> Provider | None:
+        model = self.state.models.get(model_id)
+        return self.providers.get(model.provider) if model is not None else None
 
     # --- telling others ---------------------------------------------------------------------------------------
 
@@ -351,21 +361,7 @@ def waiting_request(routed: Routed, at_ms: int) -> Request:
     )  # fmt: skip
 
 
-def waiting_terminal(routed: Routed, attempt: int, status: Status, error: ErrorInfo) -> Terminal:
-    """The terminal of a request that never reached a worker."""
-    return Terminal(
-        request_id=routed.request_id,
-        tenant=routed.tenant,
-        attempt=attempt,
-        epoch=0,
-        status=status,
-        key_id=routed.key_id,
-        model=routed.model,
-        alias=routed.alias,
-        pool=routed.pool,
-        stream=routed.stream,
-        reply_partition=routed.reply_partition,
-        error=error,
-        timings=Timings(accepted_ms=routed.accepted_ms, routed_ms=routed.routed_ms, finished_ms=now_ms()),
-        price=routed.price,
-    )
+def _go_on_from(command: GenerateCommand, sent: Sent) -> None:
+    """Let an attempt begin where lost ones had come to."""
+    command.emitted, command.tokens = sent.answer.content(), sent.tokens
+    command.after_seq, command.first_token_ms = sent.last_seq, sent.first_ms

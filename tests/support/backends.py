@@ -105,7 +105,9 @@ async def openai_backend() -> AsyncIterator[Backend]:
         address = server.root.endpoint
         url = f"unix://{address.socket}" if address.socket else f"http://{address}/v1"
         os.environ["CONTRACT_KEY"] = server.launch.api_key
-        record = control.Provider(name="openai", kind="openai", base_url=url, api_key_env="CONTRACT_KEY")
+        record = control.Provider(
+            name="openai", kind="openai", base_url=url, api_key_env="CONTRACT_KEY", options={"continues": "prefill"}
+        )
         return make_provider(record)
 
     backend = Backend("openai", await connect(model), WEIGHTS, lambda: psutil.Process(host.server(model).pid))

@@ -288,7 +288,7 @@ class World:
         if request.id in self.ended:
             return  # read in the log, past the opening
         if empty and lost.may_retry:
-            self.tell(messages.AttemptEmpty(request.id, request.attempt + 1))
+            self.tell(messages.AttemptReady(request.id, request.attempt + 1))
         else:
             self.finish(request.id, request.attempt + 1, Status.FAILED)
 

@@ -41,6 +41,7 @@ kind = "llama_cpp"
 name = "bench"
 kind = "openai"
 base_url = "{upstream}"
+options = {{ continues = "prefill" }}
 [[providers]]
 name = "impatient"
 kind = "openai"

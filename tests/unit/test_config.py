@@ -10,7 +10,7 @@ import pytest
 
 from headrace.config import OPTIONS, Config, ConfigError, default_config, load_config, parse_config
 from headrace.toml_lines import line_of, locate
-from processors.generation.providers.factory import OllamaOptions, RemoteOptions
+from processors.generation.providers.factory import OllamaOptions, OpenAIOptions
 from processors.generation.providers.llama_cpp import Options as LlamaOptions
 from schemas.control import CAPABILITIES, Price
 
@@ -183,6 +183,12 @@ def test_without_a_file_the_packaged_model_is_served() -> None:
             12,
             "providers[1].options.idle_timeout_s: must be a number, not 'x'",
         ),
+        (
+            "idle_timeout_s = 30",
+            'continues = "always"',
+            12,
+            "providers[1].options.continues: must be prefill or vllm, not 'always'",
+        ),
         ("//127.0.0.1:9000", "//me:secret@gpu:9000", 9, "providers[1].base_url: no user or password in here"),
         ("default_max_tokens = 512", "default_max_tokens = 9999", 30, "models[1].default_max_tokens: must be below"),
         ("preload = false", "preload = 7", 29, "models[1].preload: input should be a valid boolean"),
@@ -260,9 +266,11 @@ def test_lines_are_found_behind_values_of_many_lines_and_in_dotted_keys() -> Non
 
 
 def test_the_known_options_are_those_of_the_workers_providers() -> None:
-    structs = {"llama_cpp": LlamaOptions, "ollama": OllamaOptions, "openai": RemoteOptions}
+    structs = {"llama_cpp": LlamaOptions, "ollama": OllamaOptions, "openai": OpenAIOptions}
     for kind, struct in structs.items():
         known = {field.name: field.type for field in msgspec.structs.fields(struct)}
         assert OPTIONS[kind].keys() == known.keys()
         for name, found in known.items():
-            assert OPTIONS[kind][name] in (found, *getattr(found, "__args__", ()))
+            inner = getattr(found, "__args__", ())
+            values = [value for one in inner for value in getattr(one, "__args__", ())]
+            assert OPTIONS[kind][name] in (found, *inner, *map(type, values))

@@ -103,6 +103,8 @@ class Provider(abc.ABC):
     name: str
     memory_bytes: int | None = None
     """Memory that models may take together, of a provider that has its own."""
+    can_continue = False
+    """Whether `generate` can go on from a text; `schemas.control.Provider.can_continue` tells it without a provider."""
 
     @abc.abstractmethod
     async def health(self) -> None:
@@ -138,11 +140,16 @@ class Provider(abc.ABC):
         """The models in memory now; cheap enough for a call each second. Raises `ProviderError`."""
 
     @abc.abstractmethod
-    async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
-        """Exact prompt tokens of a chat request under the model's template; None where the provider cannot tell."""
+    async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
+        """Exact prompt tokens of a chat request under the model's template; None where the provider cannot tell.
+
+        With `emitted` (as in `generate`) the answer so far is counted with it.
+        """
 
     @abc.abstractmethod
-    def generate(self, model: Model, body: Mapping[str, object]) -> AsyncGenerator[builtins.list[Piece], None]:
+    def generate(
+        self, model: Model, body: Mapping[str, object], *, emitted: str = ""
+    ) -> AsyncGenerator[builtins.list[Piece], None]:
         """Generate an answer: batches of pieces as they arrive, the last piece of the last batch being `Done`.
 
         `body` is the caller's validated OpenAI chat body; the provider puts its own backend tag, asks its backend to
@@ -151,6 +158,9 @@ class Provider(abc.ABC):
         engine at once. Raises `ContextLengthExceeded`, `UnsupportedParameter` or `ProviderRefused` (a 4xx of the
         provider), and `ProviderError` when it is down, hangs (no byte for its idle timeout), ends without a finish
         reason, or sends garbage: a truncated stream is always an error, never a silent end.
+
+        With `emitted` (never empty then, and only where `can_continue`) the answer has begun with that text; what comes
+        is what follows it, and the usage's prompt holds it.
         """
 
     @abc.abstractmethod

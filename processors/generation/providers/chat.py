@@ -32,6 +32,15 @@ def streamed(body: Mapping[str, object], tag: str) -> dict[str, object]:
     return {**body, "model": tag, "stream": True, "stream_options": {**wanted, "include_usage": True}}
 
 
+def continued(body: Mapping[str, object], emitted: str) -> Mapping[str, object]:
+    """The body with the answer so far as a last message of the assistant; as it is where there is none."""
+    if not emitted:
+        return body
+    messages = body.get("messages")
+    given = messages if isinstance(messages, list) else []
+    return {**body, "messages": [*given, {"role": "assistant", "content": emitted}]}
+
+
 async def stream_chat(pool: Pool, where: str, body: Mapping[str, object]) -> AsyncGenerator[list[Piece], None]:
     """Send a streamed chat and give its pieces, a batch a wake-up; closing the generator closes the connection.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 from ollama import AsyncClient
@@ -22,11 +22,11 @@ from schemas import control
 OLLAMA_URL = "http://127.0.0.1:11434"
 IDLE_TIMEOUT_S = 120.0
 
-Options = TypeVar("Options", LlamaOptions, "RemoteOptions", "OllamaOptions")
+Options = TypeVar("Options", LlamaOptions, "OllamaOptions", "OpenAIOptions")
 
 
 class RemoteOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`options` of an openai or ollama provider record."""
+    """`options` of an ollama provider record; an openai one has more."""
 
     idle_timeout_s: float = IDLE_TIMEOUT_S
     """Seconds without a byte after which an answer has failed; it must cover the longest prefill."""
@@ -42,6 +42,14 @@ class OllamaOptions(RemoteOptions, frozen=True, forbid_unknown_fields=True):
     """What the server has as OLLAMA_NUM_PARALLEL: a model's cache is that many contexts."""
 
 
+class OpenAIOptions(RemoteOptions, frozen=True, forbid_unknown_fields=True):
+    """`options` of an openai provider record."""
+
+    continues: Literal["prefill", "vllm"] | None = None
+    """How the server is asked to go on with a text: it continues a last message of the assistant by itself, or with
+    vLLM's `continue_final_message`; None where it cannot."""
+
+
 def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.environ) -> Provider:
     """The provider that a record describes; the API key is read from `environ`.
 
@@ -54,8 +62,9 @@ def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.e
             raise ProviderError(
                 f"provider {record.name!r} of kind openai needs a base_url, such as http://host:8000/v1"
             )
-        endpoint = _endpoint(record, record.base_url)
-        return OpenAICompatible(record.name, _pool(record, endpoint, _options(record, RemoteOptions), environ))
+        remote = _options(record, OpenAIOptions)
+        pool = _pool(record, _endpoint(record, record.base_url), remote, environ)
+        return OpenAICompatible(record.name, pool, remote.continues)
     if record.kind == "ollama":
         endpoint = _endpoint(record, record.base_url or OLLAMA_URL)
         options = _options(record, OllamaOptions)

@@ -55,6 +55,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LlamaCpp(Provider):
     """Children of this process; they die with it."""
 
+    can_continue = True
+
     def __init__(self, name: str, options: Options | None = None) -> None:
         self.name = name
         self._options = options or Options()
@@ -116,15 +118,19 @@ class LlamaCpp(Provider):
         """Running children with their measured memory."""
         return [_loaded(model_id, server) for model_id, (_, server) in self._servers.items() if not server.exited]
 
-    async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
+    async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
         """Exact tokens of the prompt, by the engine's own template and tokenizer."""
         server = self._running(model)
-        return await _count(server, llama_body.prepare(model, body, takes_tools=server.takes_tools))
+        prepared = llama_body.prepare(model, chat.continued(body, emitted), takes_tools=server.takes_tools)
+        return await _count(server, prepared)
 
-    async def generate(self, model: Model, body: Mapping[str, object]) -> AsyncGenerator[builtins.list[Piece], None]:
+    async def generate(
+        self, model: Model, body: Mapping[str, object], *, emitted: str = ""
+    ) -> AsyncGenerator[builtins.list[Piece], None]:
         """See `Provider.generate`; `llama_body` says which parameters are honoured."""
         server = self._running(model)
-        prepared = llama_body.prepare(model, body, takes_tools=server.takes_tools)
+        # The engine leaves a last message of the assistant open, and gives only what follows it.
+        prepared = llama_body.prepare(model, chat.continued(body, emitted), takes_tools=server.takes_tools)
         choices = chat.choices_of(body)
         if choices > model.max_concurrency:
             raise UnsupportedParameter(f"n can be at most {model.max_concurrency} for model {model.id!r}", param="n")

@@ -140,12 +140,17 @@ class Ollama(Provider):
             *(LoadedModel("", tag, size) for tag, size in running.items() if not self._in_use(tag)),
         ]
 
-    async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
-        """Exact prompt tokens, by generating one token; raises `ContextLengthExceeded` where the server would cut."""
+    async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
+        """Exact prompt tokens, by generating one token; raises `ContextLengthExceeded` where the server would cut.
+
+        `emitted` is always empty.
+        """
         return await self._count(model, await self._prepare(model, body))
 
-    def generate(self, model: Model, body: Mapping[str, object]) -> AsyncGenerator[builtins.list[Piece], None]:
-        """See `Provider.generate`; `ollama_body` says which parameters are honoured."""
+    def generate(
+        self, model: Model, body: Mapping[str, object], *, emitted: str = ""
+    ) -> AsyncGenerator[builtins.list[Piece], None]:
+        """See `Provider.generate`; `ollama_body` says which parameters are honoured. `emitted` is always empty."""
         return self._generate(model, body)
 
     async def embed(self, model: Model, texts: builtins.list[str]) -> builtins.list[builtins.list[float]]:

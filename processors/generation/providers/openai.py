@@ -54,8 +54,11 @@ class _Embeddings(msgspec.Struct):
 class OpenAICompatible(Provider):
     """A server that somebody else runs: it loads and unloads by its own rules, so only its answers are observed."""
 
-    def __init__(self, name: str, pool: Pool) -> None:
+    def __init__(self, name: str, pool: Pool, continues: str | None = None) -> None:
+        """`continues` (of `schemas.control.CONTINUES`) is how the server goes on with a text; None where it cannot."""
         self.name = name
+        self.can_continue = continues is not None
+        self._continues = continues
         self._pool = pool
         self._where = f"provider {name!r} ({pool.endpoint})"
         self._loaded: dict[str, Model] = {}
@@ -94,13 +97,18 @@ class OpenAICompatible(Provider):
         """The models in use here; their bytes are the server's own matter."""
         return [LoadedModel(model=one.id, tag=one.backend_tag) for one in self._loaded.values()]
 
-    async def count_prompt(self, model: Model, body: Mapping[str, object]) -> int | None:
+    async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
         """None: this API has no call that counts; the server itself refuses what is too long."""
         return None
 
-    def generate(self, model: Model, body: Mapping[str, object]) -> AsyncGenerator[builtins.list[Piece], None]:
+    def generate(
+        self, model: Model, body: Mapping[str, object], *, emitted: str = ""
+    ) -> AsyncGenerator[builtins.list[Piece], None]:
         """See `Provider.generate`; every field goes on to the server, which refuses what it does not know."""
-        return chat.stream_chat(self._pool, self._where, chat.streamed(body, model.backend_tag))
+        asked = chat.streamed(chat.continued(body, emitted), model.backend_tag)
+        if emitted and self._continues == "vllm":
+            asked |= {"add_generation_prompt": False, "continue_final_message": True}
+        return chat.stream_chat(self._pool, self._where, asked)
 
     async def embed(self, model: Model, texts: builtins.list[str]) -> builtins.list[builtins.list[float]]:
         """One vector a text, in their order. Raises `ProviderError`, or `ProviderRefused` where there are none."""

@@ -1,0 +1,204 @@
+"""Texts that were cut go on, on the real engine: with temperature 0 nobody can tell that they were."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import msgspec
+import pytest
+from aiokafka.structs import RecordMetadata, TopicPartition
+
+from headrace.errors import ProviderRefused
+from processors.generation.attempt import Attempt
+from processors.generation.bodies import Bodies
+from processors.generation.frames_out import FrameWriter
+from processors.generation.providers.base import Done, Finish, Piece, Text
+from schemas.events import BodyRef, ErrorInfo, GenerateCommand, Routed, Status, Terminal, Usage
+from tests.support.backends import MAKERS, Backend
+from topics import frames, request_log
+from topics.catalogue import LOG, REPLIES
+from topics.clients import Producer
+from topics.outcomes import Outcomes
+
+TOKENS = 40
+ASK = [
+    {"role": "system", "content": "You answer in a few sentences."},
+    {"role": "user", "content": "Tell me about photosynthesis."},
+]
+ACCENTS = [
+    {"role": "user", "content": "Repeat: 東京 \u2014 na\u00efve caf\u00e9 \U0001f600 \U0001f600 \U0001f600 \U0001f600"}
+]
+
+
+@pytest.fixture(scope="session", params=["llama_cpp", "openai"])
+async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
+    async with MAKERS[request.param]() as made:
+        await made.provider.load(made.model)
+        yield made
+
+
+async def generated(backend: Backend, *, emitted: str = "", **fields: object) -> list[Piece]:
+    body = {"messages": ASK, "temperature": 0.0, **fields}
+    batches = backend.provider.generate(backend.model, body, emitted=emitted)
+    return [piece async for batch in batches for piece in batch]
+
+
+def texts(pieces: list[Piece]) -> list[str]:
+    return [piece.text for piece in pieces if isinstance(piece, Text)]
+
+
+def ending(pieces: list[Piece]) -> tuple[str, Usage]:
+    finish, done = pieces[-2:]
+    assert isinstance(finish, Finish) and isinstance(done, Done) and done.usage is not None
+    return finish.reason, done.usage
+
+
+@pytest.mark.parametrize("limit", [TOKENS, 200], ids=["cut short", "to its own end"])
+async def test_a_cut_text_goes_on_as_if_it_had_not_been_cut(backend: Backend, limit: int) -> None:
+    whole = await generated(backend, max_tokens=limit)
+    said, (reason, usage) = texts(whole), ending(whole)
+    for cut in sorted({1, 2, 3, 7, len(said) // 3, len(said) // 2, len(said) - 2, len(said) - 1}):
+        emitted = "".join(said[:cut])
+        rest = await generated(backend, emitted=emitted, max_tokens=limit - cut)
+        assert emitted + "".join(texts(rest)) == "".join(said), f"cut after {cut} tokens: {emitted!r}"
+        again, more = ending(rest)
+        assert again == reason
+        assert more.prompt_tokens + more.completion_tokens == usage.prompt_tokens + usage.completion_tokens, cut
+
+
+# --- a whole attempt ----------------------------------------------------------------------------------------------
+
+
+class Recorder(Producer):
+    """Takes records in place of the brokers, and acknowledges them."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[str, bytes]] = []
+
+    async def post(
+        self,
+        topic: str,
+        value: bytes | None,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> asyncio.Future[RecordMetadata]:
+        self.records.append((topic, value or b""))
+        sent: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
+        sent.set_result(RecordMetadata(topic, 0, TopicPartition(topic, 0), len(self.records), 0, 0, 0))
+        return sent
+
+    def post_later(
+        self, topic: str, value: bytes | None, *, key: str | None = None, partition: int | None = None
+    ) -> None:
+        self.records.append((topic, value or b""))
+
+    def told(self) -> list[frames.Delta]:
+        return [delta for topic, value in self.records if topic == REPLIES.name for delta in frames.decode(value)]
+
+    def terminal(self) -> Terminal:
+        [found] = [request_log.decode(value) for topic, value in self.records if topic == LOG.name]
+        assert isinstance(found, Terminal)
+        return found
+
+
+async def attempted(backend: Backend, emitted: str, tokens: int, *, small: bool = False, **fields: object) -> Recorder:
+    """What attempt 2 writes that goes on from `emitted`, whose frames ended at seq 30."""
+    body = msgspec.Raw(msgspec.json.encode({"messages": ASK, "temperature": 0.0, **fields}))
+    routed = Routed(
+        "0" * 32, "t", "k", "m", "m", "default", 0, BodyRef(0, 0), body, stream=True, prompt_tokens_estimate=9
+    )  # fmt: skip
+    command = GenerateCommand(
+        1, "b", 2, 3, 0, routed, after_seq=30, emitted=emitted, tokens=tokens, first_token_ms=1_000
+    )
+    provider, model = backend.small if small else (backend.provider, backend.model)
+    await provider.load(model)
+    recorder = Recorder()
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    attempt = Attempt(
+        command, model, provider, worker="w", writer=FrameWriter(recorder, fail),
+        outcomes=Outcomes(recorder, "worker", "w"), bodies=Bodies("nowhere"),
+    )  # fmt: skip
+    await attempt.run()
+    return recorder
+
+
+def content(terminal: Terminal) -> tuple[str, str | None]:
+    [choice] = msgspec.json.decode(terminal.choices)
+    return choice["message"]["content"], choice["finish_reason"]
+
+
+async def test_an_attempt_that_goes_on_tells_the_rest_and_ends_with_the_whole(backend: Backend) -> None:
+    whole = await generated(backend, max_tokens=TOKENS)
+    said, (reason, usage) = texts(whole), ending(whole)
+    emitted = "".join(said[:9])
+    wrote = await attempted(backend, emitted, 9, max_tokens=TOKENS)
+    told, terminal = wrote.told(), wrote.terminal()
+    assert [delta.seq for delta in told] == list(range(31, 31 + len(told)))
+    assert {delta.attempt for delta in told} == {2}
+    assert emitted + "".join(delta.data for delta in told if delta.kind == frames.Kind.TEXT) == "".join(said)
+    assert content(terminal) == ("".join(said), reason)
+    assert (terminal.status, terminal.attempt, terminal.epoch) == (Status.COMPLETED, 2, 3)
+    assert terminal.last_seq == told[-1].seq - 1, "the last one is the terminal's own"
+    assert terminal.usage.prompt_tokens == usage.prompt_tokens
+    assert terminal.usage.completion_tokens == usage.completion_tokens
+    assert terminal.timings.first_token_ms == terminal.timings.started_ms == 1_000
+
+
+async def test_letters_of_several_tokens_are_counted_whole(backend: Backend) -> None:
+    if backend.kind == "openai":
+        pytest.skip("this API has no call that counts")
+    whole = await generated(backend, messages=ACCENTS, max_tokens=TOKENS)
+    said, (reason, usage) = texts(whole), ending(whole)
+    assert len(said) < usage.completion_tokens, "no piece holds more than one token"
+    cut = len(said) - 2
+    wrote = await attempted(backend, "".join(said[:cut]), cut, messages=ACCENTS, max_tokens=TOKENS)
+    terminal = wrote.terminal()
+    assert content(terminal) == ("".join(said), reason)
+    assert terminal.usage.completion_tokens == usage.completion_tokens
+    assert terminal.usage.prompt_tokens == usage.prompt_tokens
+    # What frames counted leaves a token, what the engine counts leaves none.
+    full = (await attempted(backend, "".join(said), len(said), messages=ACCENTS, max_tokens=len(said) + 1)).terminal()
+    assert content(full) == ("".join(said), "length")
+    assert len(said) < full.usage.completion_tokens <= usage.completion_tokens
+
+
+async def test_a_stop_text_that_began_before_the_cut_ends_the_attempt(backend: Backend) -> None:
+    said = texts(await generated(backend, max_tokens=TOKENS))
+    cut = next(at for at in range(5, len(said) - 3) if len(said[at].strip()) > 1)
+    emitted = "".join(said[: cut + 1])
+    stop = emitted[-2:] + "".join(said[cut + 1 : cut + 3])
+    assert stop not in emitted
+    terminal = (await attempted(backend, emitted, cut + 1, max_tokens=TOKENS, stop=stop)).terminal()
+    assert content(terminal) == (emitted, "stop")
+    assert terminal.usage.completion_tokens == cut + 1
+
+
+async def test_a_text_that_fills_the_context_ends_with_length(backend: Backend) -> None:
+    emitted = "sea wave sand wind " * 80
+    terminal = (await attempted(backend, emitted, 320, small=True)).terminal()
+    assert (terminal.status, terminal.error) == (Status.COMPLETED, None)
+    assert content(terminal) == (emitted, "length")
+    assert abs(terminal.usage.completion_tokens - 320) <= 1, "a space at the end is a token"
+    await backend.provider.load(backend.model)
+
+
+async def test_what_the_engine_refuses_to_continue_fails_with_what_was_sent(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Templates of models that think refuse a beginning; this model's takes every one.
+    def refused(*_: object, **__: object) -> AsyncIterator[list[Piece]]:
+        raise ProviderRefused("Assistant response prefill is incompatible with enable_thinking.")
+
+    monkeypatch.setattr(backend.provider, "generate", refused)
+    terminal = (await attempted(backend, "one two", 2)).terminal()
+    assert terminal.status is Status.FAILED
+    assert isinstance(terminal.error, ErrorInfo) and terminal.error.code == "worker_lost"
+    assert content(terminal) == ("one two", None)
+    assert terminal.usage.completion_tokens == 2 and terminal.usage.prompt_tokens > 0
+    assert terminal.last_seq == 30
