@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import MakeStack
-from tests.support.stacks import Stack
+from tests.support.stacks import Stack, running_stack
 
 RESULTS = Path(__file__).parent.parent / "results" / "faults.json"
 
@@ -21,6 +21,13 @@ Note = Callable[..., None]
 def victim(make_stack: MakeStack) -> Stack:
     """A stack with two ingresses whose processes are killed."""
     return make_stack(replicas={"ingress": 2})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
+    """A stack with two workers that hold the same models; `worker-1` is lost."""
+    with running_stack(tmp_path_factory.mktemp("pair"), upstream_url, replicas={"worker": 2}) as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,13 @@
-"""Two workers hold the same model: what the one that is lost had not begun to answer, the other one answers."""
+"""Two workers hold the same model: what the one that is lost had not begun to answer, the other one answers.
+
+What it had begun is in `test_continuation.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,18 +15,12 @@ from bench.gateway.spec import Spec
 from tests.faults.conftest import Note
 from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, Seen, body, fresh
-from tests.support.stacks import Stack, running_stack
+from tests.support.stacks import Stack
 from tests.support.waiting import until
 
 CROWD = 10
 TOKENS = 5
 LOST, LEFT = "w1", "w2"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
-    with running_stack(tmp_path_factory.mktemp("pair"), upstream_url, replicas={"worker": 2}) as made:
-        yield made
 
 
 async def usage(stack: Stack, seen: list[Seen]) -> dict[str, tuple[str, int, int]]:

@@ -113,10 +113,6 @@ class Crowd:
         """What they saw, once all have ended."""
         return list(await asyncio.gather(*self._tasks))
 
-    async def first_end(self, within_s: float) -> None:
-        """Wait until one of them has ended."""
-        await until(lambda: any(task.done() for task in self._tasks), "a first caller has its end", within_s)
-
     async def begun(self) -> list[str]:
         """Ids of the requests whose answer had begun, once every connection has broken or ended."""
 
