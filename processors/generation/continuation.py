@@ -27,7 +27,8 @@ class Seam:
     """Watches for a stop text that begins in the text so far and ends in what comes.
 
     The engine that goes on looks for stop texts in what it generates itself. Pieces are held back while they may still
-    complete one. What the caller has seen of it stays.
+    complete one. What the caller has seen of it stays; so does what the engine gave before a stop text of its own that
+    overlaps with it.
     """
 
     __slots__ = ("_held", "_new", "_rests")
