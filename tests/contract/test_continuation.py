@@ -27,8 +27,10 @@ ASK = [
     {"role": "user", "content": "Tell me about photosynthesis."},
 ]
 ACCENTS = [
-    {"role": "user", "content": "Repeat: 東京 \u2014 na\u00efve caf\u00e9 \U0001f600 \U0001f600 \U0001f600 \U0001f600"}
+    {"role": "system", "content": "You answer in a few sentences."},
+    {"role": "user", "content": "Tell me about photosynthesis, with the words cafe\u0301 and na\u00efve in it."},
 ]
+"""The answer has letters of several tokens, about 80 tokens from its beginning."""
 
 
 @pytest.fixture(scope="session", params=["llama_cpp", "openai"])
@@ -153,19 +155,18 @@ async def test_an_attempt_that_goes_on_tells_the_rest_and_ends_with_the_whole(ba
 async def test_letters_of_several_tokens_are_counted_whole(backend: Backend) -> None:
     if backend.kind == "openai":
         pytest.skip("this API has no call that counts")
-    whole = await generated(backend, messages=ACCENTS, max_tokens=TOKENS)
+    limit = 110
+    whole = await generated(backend, messages=ACCENTS, max_tokens=limit)
     said, (reason, usage) = texts(whole), ending(whole)
-    assert len(said) < usage.completion_tokens, "no piece holds more than one token"
+    assert reason == "length" and len(said) < usage.completion_tokens == limit, "no piece holds more than one token"
     cut = len(said) - 2
-    wrote = await attempted(backend, "".join(said[:cut]), cut, messages=ACCENTS, max_tokens=TOKENS)
-    terminal = wrote.terminal()
-    assert content(terminal) == ("".join(said), reason)
-    assert terminal.usage.completion_tokens == usage.completion_tokens
-    assert terminal.usage.prompt_tokens == usage.prompt_tokens
-    # What frames counted leaves a token, what the engine counts leaves none.
-    full = (await attempted(backend, "".join(said), len(said), messages=ACCENTS, max_tokens=len(said) + 1)).terminal()
+    terminal = (await attempted(backend, "".join(said[:cut]), cut, messages=ACCENTS, max_tokens=limit)).terminal()
+    assert content(terminal) == ("".join(said), "length")
+    assert (terminal.usage.prompt_tokens, terminal.usage.completion_tokens) == (usage.prompt_tokens, limit)
+    # Frames count fewer than that, so it is the engine's count that leaves nothing to generate.
+    full = (await attempted(backend, "".join(said), len(said), messages=ACCENTS, max_tokens=limit)).terminal()
     assert content(full) == ("".join(said), "length")
-    assert len(said) < full.usage.completion_tokens <= usage.completion_tokens
+    assert full.usage.completion_tokens == limit
 
 
 async def test_a_stop_text_that_began_before_the_cut_ends_the_attempt(backend: Backend) -> None:

@@ -13,6 +13,7 @@ from bench.gateway.tally import Entry
 from schemas.events import Terminal
 from tests.faults.conftest import Note
 from tests.faults.test_second_worker import LEFT, LOST, both_hold_the_model
+from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, Seen, body, fresh
 from tests.support.kafka import end_offsets, records
 from tests.support.stacks import Stack
@@ -28,20 +29,6 @@ STOPPED_S = 15.0
 """How long a worker is silent: it is missed after 6 s, and answers go on elsewhere for as long again."""
 
 Row = dict[str, object]
-
-
-async def usage(stack: Stack, ids: list[str]) -> dict[str, Row]:
-    """The one usage row of each request, by id, once all have theirs."""
-    wanted = ", ".join(f"'{one}'" for one in ids)
-    query = f"SELECT * FROM usage WHERE request_id IN ({wanted})"  # noqa: S608
-
-    async def stored() -> list[Row] | None:
-        rows = await asyncio.to_thread(stack.rows, query)
-        return rows if len(rows) >= len(ids) else None
-
-    rows = await until(stored, "a usage row for each request", 60)
-    assert len(rows) == len(ids)
-    return {str(row["request_id"]): row for row in rows}
 
 
 def number(row: Row, name: str) -> int:
@@ -121,7 +108,7 @@ async def test_answers_go_on_elsewhere(pair: Stack, how: signal.Signals, seed: i
         assert one.tokens == list(range(len(one.tokens)))
 
     # One bill: the prompt once, every token that was shown, the same to the caller and in the books.
-    rows = await usage(pair, [one.request_id for one in (*seen, *short, *broken)])
+    rows = await usage_rows(pair, [one.request_id for one in (*seen, *short, *broken)])
     went_on = [one for one in seen if number(rows[one.request_id], "attempts") > 1]
     assert len(went_on) >= STREAMS // 4, "nothing was lost in the middle"
     for spec, one in zip(specs, seen, strict=True):
@@ -152,13 +139,9 @@ async def test_answers_go_on_elsewhere(pair: Stack, how: signal.Signals, seed: i
             assert tries[-1].tokens < TOKENS
     if how == signal.SIGSTOP:
         await until(lambda: spoke(pair, since, {one.request_id for one in went_on}), "the zombie has spoken", 30)
-        assert await usage(pair, list(rows)) == rows
+        assert await usage_rows(pair, list(rows)) == rows
     note(part=f"answers of one of two workers {how.name}", continued=len(went_on), callers=STREAMS, worker=LOST)
-
-    async def settled() -> bool:
-        return (await asyncio.to_thread(pair.ledger))["in_flight"] == 0
-
-    await until(settled, "nothing is in flight", 40)
+    await settled(pair)
 
 
 def finishes(one: Seen) -> list[str | None]:
