@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 
+import httpx
 import msgspec
 import pytest
 from aiokafka.structs import RecordMetadata, TopicPartition
 
+from bench.gateway.spec import Spec
+from bench.gateway.tally import Stats
 from headrace.errors import ProviderRefused
 from processors.generation.attempt import Attempt
 from processors.generation.bodies import Bodies
 from processors.generation.frames_out import FrameWriter
 from processors.generation.providers.base import Done, Finish, Piece, Text
+from processors.generation.providers.factory import make_provider
+from schemas import control
+from schemas.control import Model
 from schemas.events import BodyRef, ErrorInfo, GenerateCommand, Routed, Status, Terminal, Usage
 from tests.support.backends import MAKERS, Backend
+from tests.support.chat import body, fresh, numbers
+from tests.support.stacks import NO_TLS
 from topics import frames, request_log
 from topics.catalogue import LOG, REPLIES
 from topics.clients import Producer
@@ -41,8 +49,8 @@ async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
 
 
 async def generated(backend: Backend, *, emitted: str = "", **fields: object) -> list[Piece]:
-    body = {"messages": ASK, "temperature": 0.0, **fields}
-    batches = backend.provider.generate(backend.model, body, emitted=emitted)
+    asked = {"messages": ASK, "temperature": 0.0, **fields}
+    batches = backend.provider.generate(backend.model, asked, emitted=emitted)
     return [piece async for batch in batches for piece in batch]
 
 
@@ -67,6 +75,28 @@ async def test_a_cut_text_goes_on_as_if_it_had_not_been_cut(backend: Backend, li
         again, more = ending(rest)
         assert again == reason
         assert more.prompt_tokens + more.completion_tokens == usage.prompt_tokens + usage.completion_tokens, cut
+
+
+@pytest.mark.parametrize(
+    ("how", "added"),
+    [("prefill", {}), ("vllm", {"add_generation_prompt": False, "continue_final_message": True})],
+)
+async def test_a_server_is_asked_to_go_on_in_its_own_way(upstream_url: str, how: str, added: dict[str, bool]) -> None:
+    provider = make_provider(control.Provider("p", "openai", upstream_url, options={"continues": how}))
+    model = Model(id="m", provider="p", backend_tag="bench")
+    spec = Spec(tokens=6, interval_ms=1, id=fresh("way"), keep_body=True)
+    emitted = " t0@1 t1@2"
+    for said in ("", emitted):
+        batches = provider.generate(model, body(spec), emitted=said)
+        text = "".join(texts([piece async for batch in batches for piece in batch]))
+        assert numbers(text) == list(range(len(numbers(said)), 6))
+    await provider.close()
+    async with httpx.AsyncClient(verify=NO_TLS) as client:
+        stats = await client.get(f"{upstream_url.removesuffix('/v1')}/stats", params={"id": spec.id})
+    first, second = (
+        msgspec.json.decode(one.body or "") for one in msgspec.json.decode(stats.content, type=Stats).ids[spec.id].tries
+    )
+    assert second == {**first, **added, "messages": [*first["messages"], {"role": "assistant", "content": emitted}]}
 
 
 # --- a whole attempt ----------------------------------------------------------------------------------------------
@@ -108,9 +138,9 @@ class Recorder(Producer):
 
 async def attempted(backend: Backend, emitted: str, tokens: int, *, small: bool = False, **fields: object) -> Recorder:
     """What attempt 2 writes that goes on from `emitted`, whose frames ended at seq 30."""
-    body = msgspec.Raw(msgspec.json.encode({"messages": ASK, "temperature": 0.0, **fields}))
+    asked = msgspec.Raw(msgspec.json.encode({"messages": ASK, "temperature": 0.0, **fields}))
     routed = Routed(
-        "0" * 32, "t", "k", "m", "m", "default", 0, BodyRef(0, 0), body, stream=True, prompt_tokens_estimate=9
+        "0" * 32, "t", "k", "m", "m", "default", 0, BodyRef(0, 0), asked, stream=True, prompt_tokens_estimate=9
     )  # fmt: skip
     command = GenerateCommand(
         1, "b", 2, 3, 0, routed, after_seq=30, emitted=emitted, tokens=tokens, first_token_ms=1_000

@@ -17,7 +17,7 @@ from schemas.events import Status, Terminal
 from schemas.ids import PublicId
 from tests.faults.conftest import Note
 from tests.faults.test_kills import accounted, told_exactly
-from tests.support.accounts import settled
+from tests.support.accounts import settled, usage_rows
 from tests.support.callers import Crowd
 from tests.support.chat import Api, body, fresh
 from tests.support.stacks import Stack
@@ -150,6 +150,34 @@ async def test_a_worker_that_wakes_up_from_the_dead_says_nothing_more(victim: St
     await recovered(victim)
     assert await accounted(victim, found, again=True) > CROWD // 2
     note(part="zombie worker", exact=sum(one.done for one in found), callers=CROWD)
+
+
+@pytest.mark.timeout(200)
+async def test_an_answer_that_waits_in_vain_to_go_on_is_billed_as_far_as_it_came(victim: Stack, note: Note) -> None:
+    """Its worker is lost in the middle of it, and no other comes before its deadline."""
+    await victim.ready()
+    spec = Spec(tokens=400, interval_ms=50, id=fresh("vain"))
+    async with Api(victim) as api:
+        asked = asyncio.create_task(api.stream(body(spec), {"x-request-timeout": "14"}))
+
+        async def begun() -> bool:
+            return any(one.tokens > 10 for one in (await victim.seen(spec.id)).tries)
+
+        await until(begun, "the answer has begun")
+        victim.signal("worker-1", signal.SIGSTOP)
+        try:
+            seen = await asyncio.wait_for(asked, 40)
+        finally:
+            victim.signal("worker-1", signal.SIGCONT)
+    assert (seen.error or {})["code"] == "deadline_exceeded"
+    assert len(seen.tokens) > 5 and seen.tokens == list(range(len(seen.tokens)))
+    row = (await usage_rows(victim, [seen.request_id]))[seen.request_id]
+    assert (row["status"], int(str(row["attempts"]))) == ("expired", 2)
+    assert int(str(row["completion_tokens"])) == len(seen.tokens)
+    assert int(str(row["prompt_tokens"])) > 0
+    await recovered(victim)
+    await settled(victim)
+    note(part="no worker to go on", tokens=len(seen.tokens))
 
 
 @pytest.mark.timeout(200)
