@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 STALE_MS = 5_000
 """A pool whose scheduler was not heard for this long is unknown."""
-SILENT_MS = 6_000
+SILENT_MS = 3_000
 """A worker that was not heard for this long is lost, as its scheduler sees it too."""
 FORGET_MS = 3_600_000
 """A worker that was not heard for this long is shown no more."""

@@ -1,7 +1,7 @@
 """Headrace's own policy, driven as production drives it.
 
 `processors.scheduler.policy.step` is the code that runs in the scheduler; here its events come from the simulated
-machine room and its actions go there. Workers report once a second, and at once when a load has ended or memory is
+machine room and its actions go there. Workers report twice a second, and at once when a load has ended or memory is
 free; the policy is woken every 250 ms while anything waits or changes. Nothing takes time on the way between them.
 """
 
@@ -36,7 +36,7 @@ from processors.scheduler.policy import step
 from processors.scheduler.state import LeaseState, Pool, Request
 from schemas import control, events
 
-HEARTBEAT_MS = 1_000
+HEARTBEAT_MS = 500
 TICK_MS = 250
 TERM = 1
 PROVIDER = "simulated"

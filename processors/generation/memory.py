@@ -28,6 +28,8 @@ LEAST_RESERVE = 256 * MIB
 """What is left to others of a device unless an operator says otherwise: this share, and at least so much."""
 PROVIDER_PATIENCE_S = 0.5
 """How long a provider may take to tell what it holds; then what it told last counts."""
+BLIND_S = 30.0
+"""After this long without any answer of the GPUs' driver the worker serves without them."""
 LOOK_AGAIN_S = 0.25
 """Between two looks for memory that is to become free."""
 INSPECT_TIMEOUT_S = 30.0
@@ -74,6 +76,7 @@ class Memory:
         self._seen: dict[str, _Seen] = {}
         self._leases: dict[str, str] = {}
         self._readings: list[Reading] = []
+        self._blind_until: float | None = None
 
     # --- for the heartbeat ------------------------------------------------------------------------------------
 
@@ -98,9 +101,13 @@ class Memory:
         """
         self._leases = dict(leases)
         self._peaks = {model: size for model, size in self._peaks.items() if model in leases}
+        if self._blind_until is None:
+            self._blind_until = asyncio.get_running_loop().time() + BLIND_S
         held = {model.provider for model in models if model.id in leases}
         await asyncio.gather(*(self._ask_resident(name, one) for name, (_, one) in providers.items() if name in held))
-        self._readings = await self._reader.read(self._pids())
+        self._readings = await self._read()
+        if not self.ready:
+            return
         gpus = [reading.id for reading in self._readings if reading.kind == "gpu"]
         on_gpu: list[str] = []
         on_ram: list[str] = []
@@ -115,6 +122,20 @@ class Memory:
         self.devices = [*self._machine(on_gpu, on_ram), *own]
         counted = {name for device in self.devices for name in device.providers}
         self._inspect(providers, [model for model in models if model.provider in counted])
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is known which devices there are: before that no model may be planned on the wrong one."""
+        late = self._blind_until is not None and asyncio.get_running_loop().time() >= self._blind_until
+        return self._reader.complete or late
+
+    async def _read(self, pids: Collection[int] | None = None) -> list[Reading]:
+        """All devices, with what our engines or `pids` hold; what was read last if the kernel does not tell."""
+        try:
+            return await self._reader.read(self._pids() if pids is None else pids)
+        except OSError as error:
+            log.error("memory_unreadable", error=str(error))
+            return self._readings
 
     async def _ask_resident(self, name: str, provider: Provider) -> None:
         loaded = await self._quietly(provider.resident(), f"provider {name} does not tell what it holds")
@@ -154,10 +175,16 @@ class Memory:
         return list(found.values())
 
     def _ours(self, reading: Reading) -> int:
+        """Bytes that our engines hold there; where the driver does not say, what their models need."""
         told = held_on(reading, self._pids())
         if told is not None:
             return told
-        return sum(size for model, size in self._peaks.items() if self._leases.get(model) == reading.id)
+        loaded = {model for seen in self._seen.values() for model in seen.loaded}
+        return sum(self._needed(model) for model in loaded if self._leases.get(model) == reading.id)
+
+    def _needed(self, model: str) -> int:
+        known = self._known.get(model)
+        return self.peak(model) or (known.need.bytes if known is not None and known.need is not None else 0)
 
     def _reserved(self, reading: Reading) -> int:
         if self._reserve is not None:
@@ -211,27 +238,26 @@ class Memory:
 
     async def check_room(self, model: str, device: str) -> None:
         """Raise `ProviderError` when less is free on a device now than the model needs, whoever took it."""
-        known = self._known.get(model)
-        reading = evidence.find(await self._reader.read(), device)
-        if known is None or known.need is None or reading is None or reading.free >= known.need.bytes:
-            return
-        raise ProviderError(
-            f"{device} has {reading.free // MIB} MiB free and model {model!r} needs {known.need.bytes // MIB} MiB:"
-            " somebody else took memory"
-        )
+        reading = evidence.find(await self._read(), device)
+        needed = self._needed(model)
+        if reading is not None and reading.free < needed:
+            raise ProviderError(
+                f"{device} has {reading.free // MIB} MiB free and model {model!r} needs {needed // MIB} MiB:"
+                " somebody else took memory"
+            )
 
     async def loaded(self, provider: str, device: str, loaded: LoadedModel) -> None:
         """A model was loaded: measure it, so that its lease has the true size from its first moment."""
         self._seen.setdefault(provider, _Seen()).loaded[loaded.model] = loaded
         self._leases[loaded.model] = device
-        self._readings = await self._reader.read(self._pids())
+        self._readings = await self._read()
         self._measure()
 
     async def unload(self, model: control.Model, provider: Provider, device: str) -> None:
         """Unload, and return on evidence that the memory is free. Raises `ProviderError` when the provider does not."""
         loaded = self._seen.get(model.provider, _Seen()).loaded.get(model.id)
         pids = {loaded.pid} if loaded is not None and loaded.pid is not None else set()
-        before = await self._reader.read(pids)
+        before = await self._read(pids)
         was = evidence.find(before, device)
         listed = evidence.lists(before, device, pids)
         size = self._size(device, loaded) if loaded is not None else 0
@@ -239,7 +265,7 @@ class Memory:
         if was is None or not pids:
             return  # The provider saw to it.
         while True:
-            now = await self._reader.read(pids)
+            now = await self._read(pids)
             if not evidence.still_holding(now, device, pids, listed=listed) or evidence.given_back(was, now, size):
                 return
             await asyncio.sleep(LOOK_AGAIN_S)

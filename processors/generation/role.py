@@ -27,7 +27,7 @@ from topics.outcomes import Outcomes
 
 log = structlog.get_logger(__name__)
 
-HEARTBEAT_S = 1.0
+HEARTBEAT_S = 0.5
 LOOK_S = 1.0
 _command: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 
@@ -65,7 +65,7 @@ class Role:
             await self.worker.obey(command)
 
     async def heartbeat(self) -> None:
-        """Report at each change and each second, for ever. Raises `KafkaError`."""
+        """Report at each change and twice a second, for ever. Raises `KafkaError`."""
         while True:
             self.worker.changed.clear()
             await self._producer.send(

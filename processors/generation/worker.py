@@ -297,7 +297,8 @@ class Worker:
         served = {name: made for name, made in self._made.items() if name in names}
         leases = {model: held.device for model, held in self._held.items() if held.state != "failed"}
         await self.memory.look(served, [model for model in models if model.provider in served], leases)
-        self.providers = sorted(names)
+        if self.memory.ready:
+            self.providers = sorted(names)
 
     # --- reporting --------------------------------------------------------------------------------------------
 

@@ -39,10 +39,12 @@ from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running
 from schemas.control import Model
 from schemas.events import Resident, Status, WorkerStatus
 
-WORKER_TIMEOUT_MS = 6_000
+WORKER_TIMEOUT_MS = 3_000
 """A worker without a heartbeat for this long is lost."""
 EARLY_CANCEL_MS = 900_000
 """How long a cancellation that found no request is remembered."""
+DEAF_MS = 1_000
+"""Between two ticks that are further apart than this, the scheduler heard nobody: it, or the brokers, stood still."""
 MAX_QUEUE = 10_000
 """Requests that may wait for one model; more are shed."""
 BROKEN_RETRY_S = 5
@@ -404,6 +406,7 @@ def _takes_work(pool: Pool, lease: Lease) -> bool:
 
 
 def _tick(pool: Pool, now_ms: int) -> list[Action]:
+    _forgive_deaf_time(pool, now_ms)
     actions: list[Action] = []
     for name, worker in list(pool.workers.items()):
         if now_ms - worker.seen_ms > WORKER_TIMEOUT_MS:
@@ -426,6 +429,14 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
         if now_ms - since > EARLY_CANCEL_MS:
             del pool.early_cancels[request_id]
     return actions + _serve(pool, now_ms)
+
+
+def _forgive_deaf_time(pool: Pool, now_ms: int) -> None:
+    """Time in which the scheduler did not listen does not count against workers."""
+    if pool.ticked_ms and now_ms - pool.ticked_ms > DEAF_MS:
+        for worker in pool.workers.values():
+            worker.seen_ms = max(worker.seen_ms, now_ms - DEAF_MS)
+    pool.ticked_ms = now_ms
 
 
 # --- what others may ask ------------------------------------------------------------------------------------------

@@ -146,6 +146,8 @@ class Pool:
     term: int
     taken_ms: int = 0
     """When this scheduler took the pool."""
+    ticked_ms: int = 0
+    """When it was last told the time."""
     models: dict[str, Model] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     """Tenant -> share; 1 for those without one."""

@@ -26,7 +26,7 @@ TOKENS = 250
 INTERVAL_MS = 100.0
 CAP = 150
 STOPPED_S = 15.0
-"""How long a worker is silent: it is missed after 6 s, and answers go on elsewhere for as long again."""
+"""How long a worker is silent: it is missed after 3 s, and answers go on elsewhere for as long again."""
 
 Row = dict[str, object]
 

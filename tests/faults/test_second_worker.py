@@ -44,7 +44,7 @@ async def both_hold_the_model(stack: Stack, api: Api) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "silent"])
 async def test_the_other_worker_takes_over(pair: Stack, how: signal.Signals, note: Note) -> None:
     await pair.ready()
-    # Nothing is answered yet when the worker is lost; the silent one is missed 6 s after its last heartbeat.
+    # Nothing is answered yet when the worker is lost; the silent one is missed 3 s after its last heartbeat.
     specs = [
         Spec(tokens=TOKENS, interval_ms=1, ttft_ms=12_000 if how == signal.SIGSTOP else 3_000, id=fresh("pair"))
         for _ in range(CROWD)

@@ -483,6 +483,16 @@ def test_a_prompt_is_charged_once_however_many_workers_die_under_it() -> None:
     assert pool.queue("one").counters["t"] == 110 + 2 * 30
 
 
+def test_time_in_which_the_scheduler_stood_still_does_not_count_against_workers() -> None:
+    pool = ready({"one": Model("one", "p", "t")})
+    step(pool, messages.Tick(), 1_000)
+    step(pool, messages.Tick(), 60_000)
+    assert "w1" in pool.workers, "its heartbeats wait to be read"
+    for now in range(60_250, 60_000 + policy.WORKER_TIMEOUT_MS, 250):
+        step(pool, messages.Tick(), now)
+    assert "w1" not in pool.workers
+
+
 # --- found by reading and by fault tests --------------------------------------------------------------------------
 
 
@@ -588,10 +598,11 @@ def test_a_load_that_failed_is_tried_again_while_its_requests_go_to_a_fallback(f
     step(pool, heartbeat("w1"), 0)
     arrive(pool, "a")
     step(pool, messages.LeaseGranted("w1", "m", 1), 0)
-    ends = step(pool, heartbeat("w1", Resident("m", 1, "failed", error="no")), 0)
+    failed = heartbeat("w1", Resident("m", 1, "failed", error="no"))
+    ends = step(pool, failed, 0)
     assert [action.code for action in ends if isinstance(action, messages.End)] == ["provider_error"]
     assert policy.load_error(pool, "m") == "no"
-    assert step(pool, messages.Tick(), placement.RELOAD_AFTER_MS - 1) == []
+    assert step(pool, failed, placement.RELOAD_AFTER_MS - 1) == []
     again = [type(action) for action in step(pool, messages.Tick(), placement.RELOAD_AFTER_MS)]
     assert again == ([messages.Grant] if fallbacks else []), "without one the next request asks for it"
 
