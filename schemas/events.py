@@ -328,6 +328,8 @@ class RunningAttempt(msgspec.Struct, array_like=True):
     epoch: int
     tokens: int = 0
     """Completion tokens so far."""
+    goes_on: bool = False
+    """Whether another attempt could go on from what this one has generated."""
 
 
 class Resident(msgspec.Struct, omit_defaults=True):

@@ -56,6 +56,11 @@ class Answer:
         return frames.Delta(self.rid, self.attempt, self.seq, kind, index, data, tokens)
 
     @property
+    def plain(self) -> bool:
+        """Whether it is nothing but text, which another attempt could go on from."""
+        return self._fold.plain
+
+    @property
     def started(self) -> bool:
         """Whether anything was generated."""
         return bool(self._fold)

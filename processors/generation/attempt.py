@@ -25,7 +25,17 @@ from processors.generation.bodies import Bodies
 from processors.generation.frames_out import FrameWriter
 from processors.generation.providers.base import Done, Finish, Piece, Provider
 from schemas.control import Model
-from schemas.events import CancelCommand, ErrorInfo, GenerateCommand, Stage, Status, Terminal, Timings, Usage
+from schemas.events import (
+    MAX_EMITTED_BYTES,
+    CancelCommand,
+    ErrorInfo,
+    GenerateCommand,
+    Stage,
+    Status,
+    Terminal,
+    Timings,
+    Usage,
+)
 from topics.catalogue import MAX_RESULT_BYTES
 from topics.outcomes import Outcomes, now_ms, terminal_delta
 
@@ -75,6 +85,13 @@ class Attempt:
     def tokens(self) -> int:
         """Completion tokens so far."""
         return self._answer.tokens
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another attempt could go on from here; with room to spare, as this one has not stopped yet."""
+        fits = self._size < MAX_EMITTED_BYTES // 4
+        may = self.command.request.continuable and self._provider.can_continue
+        return may and fits and self.tokens > 0 and self._answer.plain
 
     def cancel(self, command: CancelCommand) -> None:
         """End the generation at once; the terminal says why and holds what was generated."""

@@ -316,8 +316,8 @@ class Worker:
                 for model_id, held in self._held.items()
             ],
             running=[
-                RunningAttempt(request_id, attempt.command.attempt, attempt.command.epoch, attempt.tokens)
-                for request_id, attempt in self._running.items()
+                RunningAttempt(id, attempt.command.attempt, attempt.command.epoch, attempt.tokens, attempt.goes_on)
+                for id, attempt in self._running.items()
             ],
             stopping=self._stopping,
             fence=self._fence,

@@ -47,6 +47,14 @@ class AttemptReady:
 
 
 @dataclass(frozen=True, slots=True)
+class Superseded:
+    """The log holds a later attempt of a request than the one that runs: whatever that one says is void."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSeen:
     status: WorkerStatus
 
@@ -107,6 +115,7 @@ Event = (
     | CancelAsked
     | Finished
     | AttemptReady
+    | Superseded
     | WorkerSeen
     | LeaseGranted
     | ModelsChanged
@@ -206,10 +215,12 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class Recover:
-    """The worker of a running request is lost: open the next attempt, then see what it had sent."""
+    """A running request ends on its worker: open the next attempt, then see what it had sent."""
 
     running: Running
     may_retry: bool
+    reason: str = ""
+    """Why, where its worker was not lost."""
 
 
 Action = SendTerm | Grant | Load | Unload | LeaseMoved | Enqueued | Assign | CancelRunning | End | Recover

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from processors.scheduler.messages import Action, Grant, LeaseMoved, Unload
 from processors.scheduler.state import Lease, LeaseState, Pool, Worker
+from processors.scheduler.yielding import gives_way, yield_slots
 from schemas.control import Model
 
 RELOAD_AFTER_MS = 5_000
@@ -285,6 +286,8 @@ class _Planner:
         self._free[spot] -= wish.model.bytes
         for lease in victims:
             self._drain(spot, lease, f"makes room for {wish.model.id}")
+            if not wish.batch_only:
+                self.actions += yield_slots(self._pool, [lease], len(lease.running))
 
     def _drain(self, spot: Place, lease: Lease, reason: str) -> None:
         self._active[spot].remove(lease)
@@ -298,7 +301,7 @@ class _Planner:
         if sum(lease.bytes for lease in candidates) < missing:
             return None
         candidates.sort(
-            key=lambda lease: (_busy(self._pool, lease), self._cost(lease) / lease.bytes, lease.model),
+            key=lambda lease: (self._in_use(lease), self._cost(lease) / lease.bytes, lease.model),
         )
         chosen: list[Lease] = []
         for lease in candidates:
@@ -313,10 +316,14 @@ class _Planner:
         return chosen
 
     def _may_take(self, wish: _Wish, lease: Lease) -> bool:
-        if _busy(self._pool, lease):
+        if _busy(self._pool, lease) and (wish.batch_only or not gives_way(self._pool, lease)):
             return self._must_have(wish, lease)
         turn_ms = self._pool.limits.residency_loads * self._load_ms(lease)
         return self._now - lease.moved_ms >= turn_ms or self._must_have(wish, lease)
+
+    def _in_use(self, lease: Lease) -> int:
+        """0 for an idle model, 1 for one that only batch work uses, 2 for others."""
+        return _busy(self._pool, lease) + (_busy(self._pool, lease) and not gives_way(self._pool, lease))
 
     def _must_have(self, wish: _Wish, lease: Lease) -> bool:
         """Whether the queue would wait for longer than W_max if this lease was not drained now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from processors.scheduler import placement, wishes
+from processors.scheduler import placement, wishes, yielding
 from processors.scheduler.messages import (
     Action,
     Arrived,
@@ -30,6 +30,7 @@ from processors.scheduler.messages import (
     ReleaseAsked,
     Restored,
     SendTerm,
+    Superseded,
     Tick,
     UnloadAsked,
     WeightsChanged,
@@ -66,6 +67,8 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return _finished(pool, event, now_ms)
         case AttemptReady(request_id, attempt):
             return _requeue(pool, request_id, attempt, now_ms)
+        case Superseded(request_id, attempt):
+            return _superseded(pool, request_id, attempt)
         case WorkerSeen(status):
             return _worker_seen(pool, status, now_ms)
         case LeaseGranted(worker, model, epoch):
@@ -180,17 +183,36 @@ def _finished(pool: Pool, event: Finished, now_ms: int) -> list[Action]:
 
 
 def _requeue(pool: Pool, request_id: str, attempt: int, now_ms: int) -> list[Action]:
-    lost = pool.recovering.pop(request_id, None)
-    if lost is None:
-        return []
-    request = lost.request
+    """Let a request wait for its next attempt, which is open: what the one before it still says is void."""
+    actions: list[Action] = []
+    before = pool.recovering.pop(request_id, None)
+    if before is None:
+        before = pool.running.get(request_id)
+        if before is None or not before.yielding:
+            return []
+        actions += _give_up_slot(pool, before, now_ms)
+    request = before.request
     request.attempt = attempt
-    if lost.cancel_asked:
-        return [End(request, Status.CANCELLED, "cancelled", "The caller left.")]
+    if before.cancel_asked:
+        return [*actions, End(request, Status.CANCELLED, "cancelled", "The caller left.")]
     if request.model not in pool.models:
-        return [End(request, Status.REJECTED, "model_not_found", f"The model {request.model!r} was removed.")]
-    actions = _enqueue(pool, request, now_ms, first=True)
+        reason = f"The model {request.model!r} was removed."
+        return [*actions, End(request, Status.REJECTED, "model_not_found", reason)]
+    actions += _enqueue(pool, request, now_ms, first=True)
     return actions + placement.place(pool, now_ms) if request.id in pool.queue(request.model) else actions
+
+
+def _give_up_slot(pool: Pool, running: Running, now_ms: int) -> list[Action]:
+    request = running.request
+    del pool.running[request.id]
+    actions: list[Action] = [
+        CancelRunning(request.id, running.worker, "It gave way.", Status.CANCELLED, request.attempt)
+    ]
+    lease = pool.leases.get((running.worker, request.model))
+    if lease is not None:
+        lease.running.discard(request.id)
+        actions += placement.release_drained(lease, now_ms)
+    return actions
 
 
 # --- workers and leases -------------------------------------------------------------------------------------------
@@ -290,7 +312,7 @@ def _reconcile(pool: Pool, status: WorkerStatus) -> list[Action]:
         for running in pool.running.values()
         if running.worker == status.worker and (running.request.id, running.request.attempt) not in runs
     ]
-    return [_lose(pool, running) for running in lost]
+    return [action for running in lost for action in _lose(pool, running)]
 
 
 def _progress(pool: Pool, status: WorkerStatus) -> list[Action]:
@@ -299,6 +321,7 @@ def _progress(pool: Pool, status: WorkerStatus) -> list[Action]:
     for attempt in status.running:
         known = pool.running.get(attempt.request_id)
         if known is not None and known.request.attempt == attempt.attempt:
+            known.goes_on = attempt.goes_on
             pool.queue(known.request.model).charge_tokens(known.request, completion=attempt.tokens)
         else:
             reason = "The attempt was superseded."
@@ -309,14 +332,25 @@ def _progress(pool: Pool, status: WorkerStatus) -> list[Action]:
     return strays
 
 
-def _lose(pool: Pool, running: Running) -> Recover:
+def _lose(pool: Pool, running: Running) -> list[Action]:
     request = running.request
+    request.losses += 1
     pool.running.pop(request.id, None)
     lease = pool.leases.get((running.worker, request.model))
     if lease is not None:
         lease.running.discard(request.id)
     pool.recovering[request.id] = running
-    return Recover(running, may_retry=request.attempt < MAX_ATTEMPTS)
+    if running.yielding:
+        return []  # Its next attempt is being opened already.
+    return [Recover(running, may_retry=request.losses < MAX_ATTEMPTS)]
+
+
+def _superseded(pool: Pool, request_id: str, attempt: int) -> list[Action]:
+    """A scheduler before us opened the next attempt, and was gone before it could give it to a worker."""
+    running = pool.running.get(request_id)
+    if running is None or running.yielding or running.request.attempt >= attempt:
+        return []
+    return _lose(pool, running)
 
 
 def _lose_boot(pool: Pool, worker: Worker) -> list[Action]:
@@ -332,7 +366,7 @@ def _lose_boot(pool: Pool, worker: Worker) -> list[Action]:
                     LeaseMoved(name, boot, lease.model, lease.epoch, "lost", lease.bytes, reason, lease.device)
                 )
     lost = [running for running in pool.running.values() if (running.worker, running.boot) == (name, boot)]
-    return actions + [_lose(pool, running) for running in lost]
+    return actions + [action for running in lost for action in _lose(pool, running)]
 
 
 def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> list[Action]:
@@ -385,6 +419,8 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
         lease.used_ms = now_ms
         pool.running[request.id] = Running(request, lease.worker, lease.boot, lease.granted, now_ms)
         actions.append(Assign(request, lease.worker, lease.boot, lease.granted))
+    if queue and (pressing := queue.pressing):
+        actions += yielding.yield_slots(pool, leases, pressing)
     return actions
 
 
@@ -417,7 +453,7 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
     for running in [r for r in pool.running.values() if r.worker not in pool.workers]:
         # Restored from an earlier term, on a worker that never came back.
         if now_ms - pool.taken_ms > WORKER_TIMEOUT_MS:
-            actions.append(_lose(pool, running))
+            actions += _lose(pool, running)
     while pool.deadlines and pool.deadlines[0][0] < now_ms:
         _, request_id, model_id = heapq.heappop(pool.deadlines)
         if (request := pool.queues[model_id].remove(request_id)) is not None:

@@ -96,6 +96,11 @@ class Queue:
         """Count service given to a tenant."""
         self.counters[tenant] = self.counters.get(tenant, 0.0) + units / self.weights.get(tenant, 1.0)
 
+    @property
+    def pressing(self) -> int:
+        """Requests that are not batch work."""
+        return sum(len(lane) for (priority, _), lane in self._lanes.items() if priority is not Priority.BATCH)
+
     def oldest(self, *, batch: bool = True) -> Request | None:
         """The request that has waited longest."""
         heads = (

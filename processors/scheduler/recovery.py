@@ -96,15 +96,14 @@ class Recovery:
             request_id, running = routed.request_id, action.running
             attempt = max(running.request.attempt, self._tails.view.attempts(request_id)) + 1
             attempts[request_id] = attempt
-            reason = f"worker {running.worker} was lost"
+            reason = action.reason or f"worker {running.worker} was lost"
             opened = AttemptOpened(request_id, routed.tenant, attempt, 0, "", reason, now_ms())
             headers = [(request_log.KIND_HEADER, b"attempt_opened")]
             waits.append(
                 await self._producer.post(LOG.name, msgspec.json.encode(opened), key=request_id, headers=headers)
             )
-            self._outcomes.event(
-                request_id, routed.tenant, Stage.ATTEMPT_LOST, attempt=attempt - 1, detail={"worker": running.worker}
-            )
+            detail: dict[str, str | int | float | bool] = {"worker": running.worker, "reason": reason}
+            self._outcomes.event(request_id, routed.tenant, Stage.ATTEMPT_LOST, attempt=attempt - 1, detail=detail)
         positions: dict[TopicPartition, int] = {}
         for written in await asyncio.gather(*waits):
             tp = TopicPartition(LOG.name, written.partition)

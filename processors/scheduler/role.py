@@ -77,6 +77,7 @@ class Scheduler:
         self.tails = Tails(
             settings.kafka,
             on_terminal=self._on_terminal,
+            on_opened=self._on_opened,
             on_cancellation=self._on_cancellation,
             on_heartbeat=self._on_heartbeat,
             on_term=self._on_term,
@@ -193,6 +194,8 @@ class Scheduler:
         if assigned:
             runner.held[routed.request_id] = Held(routed, offset)
             await runner.feed(messages.Restored(running))
+            opened = self.tails.view.attempts(routed.request_id)
+            await runner.feed(messages.Superseded(routed.request_id, opened))
         else:
             await asyncio.gather(*await runner.arrive(routed, offset))
 
@@ -203,6 +206,11 @@ class Scheduler:
         for runner in list(self._pools.values()):
             if await runner.finished(ended):
                 return
+
+    async def _on_opened(self, request_id: str, attempt: int) -> None:
+        for runner in list(self._pools.values()):
+            if request_id in runner.held:
+                await runner.feed(messages.Superseded(request_id, attempt))
 
     async def _on_cancellation(self, wish: Cancellation) -> None:
         if wish.request_id in self._finished or now_ms() - wish.at_ms > MAX_AGE_MS:

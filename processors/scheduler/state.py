@@ -21,6 +21,8 @@ class Request:
     deadline_ms: int
     attempt: int = 1
     """The attempt that runs, or that the next assignment makes."""
+    losses: int = 0
+    """Workers that were lost under it, as far as this scheduler has seen."""
     priority: Priority = Priority.STANDARD
     prompt_tokens: int = 0
     """An estimate."""
@@ -104,6 +106,10 @@ class Running:
     began_ms: int = 0
     """When it was assigned, or taken over."""
     cancel_asked: bool = False
+    goes_on: bool = False
+    """Whether another attempt could go on from what this one has generated, as its worker last told."""
+    yielding: bool = False
+    """Whether it gives its slot to others: it keeps it until its next attempt may begin."""
 
 
 @dataclass(slots=True)

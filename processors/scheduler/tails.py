@@ -52,6 +52,7 @@ class Tails:
         cluster: Cluster,
         *,
         on_terminal: Callable[[Ended], Awaitable[None]],
+        on_opened: Callable[[str, int], Awaitable[None]],
         on_cancellation: Callable[[Cancellation], Awaitable[None]],
         on_heartbeat: Callable[[WorkerStatus], Awaitable[None]],
         on_term: Callable[[str, int], Awaitable[None]],
@@ -59,6 +60,7 @@ class Tails:
     ) -> None:
         self._reader = LogReader(cluster, "scheduler-tails", max_wait_ms=1000)
         self._on_terminal = on_terminal
+        self._on_opened = on_opened
         self._on_cancellation = on_cancellation
         self._on_heartbeat = on_heartbeat
         self._on_term = on_term
@@ -137,5 +139,6 @@ class Tails:
     async def _log_record(self, head: Ended | _Opened) -> None:
         if isinstance(head, _Opened):
             self.view.opened(head.request_id, head.attempt)
+            await self._on_opened(head.request_id, head.attempt)
         elif self.view.ended(head.request_id, head.attempt):
             await self._on_terminal(head)

@@ -235,7 +235,10 @@ class World:
             )
             for model, (epoch, state) in machine.resident.items()
         ]
-        running = [RunningAttempt(key[0], key[1], 0, tokens) for key, (_, tokens) in machine.running.items()]
+        running = [
+            RunningAttempt(key[0], key[1], 0, tokens, goes_on=tokens > 0 and self.asked[key[0]].tenant != "c")
+            for key, (_, tokens) in machine.running.items()
+        ]
         status = WorkerStatus(
             name, str(machine.boot), "default", machine.term, self.now, providers=["p", "q"],
             resident=resident, running=running, stopping=stopping,
@@ -284,13 +287,18 @@ class World:
         lost = self.recoveries.pop(0)
         request = lost.running.request
         self.excuses += 1
-        self.opened[request.id] = request.attempt + 1
+        attempt = self.open(request.id, request.attempt)
         if request.id in self.ended:
             return  # read in the log, past the opening
-        if empty and lost.may_retry:
-            self.tell(messages.AttemptReady(request.id, request.attempt + 1))
+        if lost.reason or (empty and lost.may_retry):
+            self.tell(messages.AttemptReady(request.id, attempt))
         else:
-            self.finish(request.id, request.attempt + 1, Status.FAILED)
+            self.finish(request.id, attempt, Status.FAILED)
+
+    def open(self, request_id: str, attempt: int) -> int:
+        """The log takes the opening of the next attempt; returns which one that is."""
+        self.opened[request_id] = max(self.opened.get(request_id, 1), attempt) + 1
+        return self.opened[request_id]
 
     def wish(self, model: str, kind: str) -> None:
         """An operator asks for a model to be loaded or unloaded; either may cost a load that serves nobody."""
@@ -317,7 +325,12 @@ class World:
             self.tell(messages.Tick())
 
     def take_over(self) -> None:
-        """Another scheduler takes the pool: it knows what lives, and learns from heartbeats what is held."""
+        """Another scheduler takes the pool: it knows what lives, and learns from heartbeats what is held.
+
+        The one before it may have opened attempts that it had no time to give to a worker.
+        """
+        for lost in self.recoveries[::2]:
+            self.open(lost.running.request.id, lost.running.request.attempt)
         old, self.term = self.pool, self.term + 1
         self.pool = Pool(term=self.term, taken_ms=self.now, limits=LIMITS)
         self.grants, self.recoveries, self._states = [], [], {}
@@ -332,6 +345,7 @@ class World:
             else:
                 again = Running(request, known.worker, known.boot, known.epoch, self.now)
                 self.tell(messages.Restored(again), complete=False)
+                self.tell(messages.Superseded(request_id, self.opened.get(request_id, 1)), complete=False)
         self.check()
 
     def healthy(self, name: str) -> None:
