@@ -47,7 +47,7 @@ async def test_old_and_dropped_generations_leave_nothing_behind(projection: Proj
     await fill(projection, models=(BIG,))
     await projection.drop(await projection.begin({"models": {"x": b"{}"}}, OFFSETS))
     generation = (await projection.state()).generation
-    parts = ("models", "providers", "apps", "keys", "offsets", "version", "complete")
+    parts = ("models", "providers", "apps", "keys", "key_ids", "offsets", "version", "complete")
     assert {key.decode() for key in await redis.keys("*")} == {"hr:gen", *(f"hr:{generation}:{part}" for part in parts)}
     assert await redis.ttl(f"hr:{generation}:models") == -1
 
