@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import httpx
 import msgspec
 import pytest
-from aiokafka.structs import RecordMetadata, TopicPartition
 
 from bench.gateway.spec import Spec
 from bench.gateway.tally import Stats
@@ -23,10 +21,10 @@ from schemas.control import Model
 from schemas.events import BodyRef, ErrorInfo, GenerateCommand, Routed, Status, Terminal, Usage
 from tests.support.backends import MAKERS, Backend
 from tests.support.chat import body, fresh, numbers
+from tests.support.recorder import Recorder
 from tests.support.stacks import NO_TLS
-from topics import frames, request_log
-from topics.catalogue import LOG, REPLIES
-from topics.clients import Producer
+from topics import frames
+from topics.cluster import Cluster
 from topics.outcomes import Outcomes
 
 TOKENS = 40
@@ -102,40 +100,6 @@ async def test_a_server_is_asked_to_go_on_in_its_own_way(upstream_url: str, how:
 # --- a whole attempt ----------------------------------------------------------------------------------------------
 
 
-class Recorder(Producer):
-    """Takes records in place of the brokers, and acknowledges them."""
-
-    def __init__(self) -> None:
-        self.records: list[tuple[str, bytes]] = []
-
-    async def post(
-        self,
-        topic: str,
-        value: bytes | None,
-        *,
-        key: str | None = None,
-        partition: int | None = None,
-        headers: Sequence[tuple[str, bytes]] = (),
-    ) -> asyncio.Future[RecordMetadata]:
-        self.records.append((topic, value or b""))
-        sent: asyncio.Future[RecordMetadata] = asyncio.get_running_loop().create_future()
-        sent.set_result(RecordMetadata(topic, 0, TopicPartition(topic, 0), len(self.records), 0, 0, 0))
-        return sent
-
-    def post_later(
-        self, topic: str, value: bytes | None, *, key: str | None = None, partition: int | None = None
-    ) -> None:
-        self.records.append((topic, value or b""))
-
-    def told(self) -> list[frames.Delta]:
-        return [delta for topic, value in self.records if topic == REPLIES.name for delta in frames.decode(value)]
-
-    def terminal(self) -> Terminal:
-        [found] = [request_log.decode(value) for topic, value in self.records if topic == LOG.name]
-        assert isinstance(found, Terminal)
-        return found
-
-
 async def attempted(backend: Backend, emitted: str, tokens: int, *, small: bool = False, **fields: object) -> Recorder:
     """What attempt 2 writes that goes on from `emitted`, whose frames ended at seq 30."""
     asked = msgspec.Raw(msgspec.json.encode({"messages": ASK, "temperature": 0.0, **fields}))
@@ -154,7 +118,7 @@ async def attempted(backend: Backend, emitted: str, tokens: int, *, small: bool 
 
     attempt = Attempt(
         command, model, provider, worker="w", writer=FrameWriter(recorder, fail),
-        outcomes=Outcomes(recorder, "worker", "w"), bodies=Bodies("nowhere"),
+        outcomes=Outcomes(recorder, "worker", "w"), bodies=Bodies(Cluster("nowhere")),
     )  # fmt: skip
     await attempt.run()
     return recorder

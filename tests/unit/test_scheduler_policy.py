@@ -615,3 +615,14 @@ def test_a_wait_beyond_the_deadline_is_refused_with_an_honest_estimate() -> None
     [end] = arrive(pool, "late")
     assert isinstance(end, messages.End) and (end.status, end.code) == (Status.REJECTED, "service_unavailable")
     assert "about 11 s" in end.message and end.retry_after_s == 11
+
+
+def test_a_stray_is_cancelled_by_its_number_so_that_its_successor_there_is_not() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    step(pool, messages.Arrived(Request("r", "t", "one", 0, 10**9)), 0)
+    step(pool, messages.Tick(), 10**6)  # the worker was silent: its request is lost
+    step(pool, messages.AttemptReady("r", 2), 10**6)
+    woken = [RunningAttempt("r", 1, 5, 10)]
+    shown = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], running=woken, fence=pool.fences["w1"])
+    strays = [one for one in step(pool, messages.WorkerSeen(shown), 10**6) if isinstance(one, messages.CancelRunning)]
+    assert [(one.request_id, one.worker, one.attempt) for one in strays] == [("r", "w1", 1)]
