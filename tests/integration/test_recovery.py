@@ -84,7 +84,14 @@ async def lost(infra: Settings) -> AsyncIterator[Lost]:
     async def nothing(*_: object) -> None:
         pass
 
-    tails = Tails(infra.kafka, on_terminal=nothing, on_cancellation=nothing, on_heartbeat=nothing, on_term=nothing)
+    tails = Tails(
+        infra.kafka,
+        on_terminal=nothing,
+        on_cancellation=nothing,
+        on_heartbeat=nothing,
+        on_term=nothing,
+        on_wish=nothing,
+    )
     since = {topic.name: await end_offsets(infra, topic) for topic in (LOG, REPLIES)}
     await tails.start(now_ms())
     reading = asyncio.create_task(tails.run())
