@@ -88,7 +88,7 @@ def test_only_what_the_cap_ended_still_needs_its_finish() -> None:
     assert not capped(routed(max_tokens=1), ENDED)
 
 
-PLAIN = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
+PLAIN = {"model": "m", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
@@ -105,7 +105,6 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({"tools": TOOLS, "tool_choice": "auto"}, False),
         ({"response_format": {"type": "json_object"}}, False),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, False),
-        ({"response_format": "text"}, False),
         ({"reasoning_effort": "high"}, False),
         ({"messages": [*PLAIN["messages"], {"role": "assistant", "content": "I"}]}, False),
         ({"messages": []}, False),
