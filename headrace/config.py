@@ -29,6 +29,14 @@ OPTIONS: dict[str, dict[str, type]] = {
         "chat_template": str,
         "embeddings": str,
     },
+    "transformers": {
+        "model_dir": str,
+        "threads": int,
+        "batch_tokens": int,
+        "chat_template": str,
+        "device": str,
+        "dtype": str,
+    },
     "ollama": {**_REMOTE_OPTIONS, "memory_bytes": int, "parallel": int},
     "openai": {**_REMOTE_OPTIONS, "continues": str},
 }
@@ -63,6 +71,7 @@ Size = Annotated[int, BeforeValidator(_size)]
 """Bytes, written as "4 GiB"."""
 Money = Annotated[Decimal, BeforeValidator(_decimal), Field(ge=0, max_digits=20, decimal_places=10)]
 Name = Annotated[str, Field(pattern=NAME, max_length=_MAX_NAME)]
+AdapterName = Annotated[str, Field(pattern=control.ADAPTER_NAME, max_length=64)]
 
 
 class _Strict(BaseModel):
@@ -87,7 +96,7 @@ class ProviderConfig(_Strict):
     """A place where models run."""
 
     name: Name
-    kind: Literal["llama_cpp", "ollama", "openai"]
+    kind: Literal["llama_cpp", "transformers", "ollama", "openai"]
     base_url: Annotated[str, Field(pattern=r"^(https?://[^\s/]+|unix:///)")] | None = None
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     options: dict[str, bool | int | float | str] = {}
@@ -96,8 +105,8 @@ class ProviderConfig(_Strict):
     def _coherent(self) -> ProviderConfig:
         if self.kind == "openai" and self.base_url is None:
             raise ValueError('base_url: a provider of kind "openai" needs one, e.g. "http://127.0.0.1:9000/v1"')
-        if self.kind == "llama_cpp" and self.base_url is not None:
-            raise ValueError('base_url: a provider of kind "llama_cpp" starts its own servers and takes none')
+        if self.kind in ("llama_cpp", "transformers") and self.base_url is not None:
+            raise ValueError(f'base_url: a provider of kind "{self.kind}" starts its own servers and takes none')
         if self.base_url is not None and "@" in self.base_url:
             raise ValueError("base_url: no user or password in here, it would stand in Kafka; use api_key_env")
         for name, value in self.options.items():
@@ -138,6 +147,7 @@ class ModelConfig(_Strict):
     provider: Name
     backend_tag: Annotated[str, Field(min_length=1)]
     aliases: tuple[Name, ...] = ()
+    adapters: dict[AdapterName, Annotated[str, Field(min_length=1)]] = {}
     context_length: Annotated[int, Field(ge=16, le=16_777_216)] = 4096
     max_concurrency: Annotated[int, Field(ge=1, le=4096)] = 4
     pool: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)] = "default"
@@ -169,6 +179,7 @@ class ModelConfig(_Strict):
             provider=self.provider,
             backend_tag=self.backend_tag,
             aliases=self.aliases,
+            adapters=self.adapters,
             context_length=self.context_length,
             max_concurrency=self.max_concurrency,
             pool=self.pool,
@@ -305,6 +316,9 @@ def _cross_faults(config: Config) -> list[tuple[Path_, str]]:
         if model.provider not in providers:
             hint = _meant(model.provider, providers)
             faults.append((("models", index, "provider"), f"no provider named {model.provider!r}{hint}"))
+        elif model.adapters and (kind := config.providers[providers[model.provider]].kind) not in control.ADAPTER_KINDS:
+            known = " and ".join(control.ADAPTER_KINDS)
+            faults.append((("models", index, "adapters"), f"{known} load adapters, a provider of kind {kind} does not"))
     ids = [model.id for model in config.models]
     for index, model in enumerate(config.models):
         for place, alias in enumerate(model.aliases):
@@ -312,6 +326,12 @@ def _cross_faults(config: Config) -> list[tuple[Path_, str]]:
                 faults.append((("models", index, "aliases", place), f"{alias!r} is {names[alias]} already"))
             names.setdefault(alias, f"an alias of models[{index}]")
         faults += _name_faults(index, model, ids)
+    for index, model in enumerate(config.models):
+        faults += [
+            (("models", index, "adapters", adapter), f"{name!r} is {names[name]} already")
+            for adapter in model.adapters
+            if (name := f"{model.id}:{adapter}") in names
+        ]
     return faults
 
 

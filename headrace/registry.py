@@ -68,7 +68,14 @@ class Snapshot(msgspec.Struct, frozen=True):
     version: int
 
     def resolve(self, name: str) -> Model | None:
-        """The enabled model with this id or alias; None when there is none."""
+        """The enabled model with this id or alias, or that of a name `id:adapter`; None when there is none."""
+        model = self._named(name)
+        if model is not None:
+            return model
+        model = self._named(name.rpartition(":")[0])
+        return model if model is not None and model.adapter(name) else None
+
+    def _named(self, name: str) -> Model | None:
         model = self.models.get(name)
         if model is None or not model.enabled:  # The name of a model that is gone may live on as another's alias.
             model = self.models.get(self.aliases.get(name, ""))

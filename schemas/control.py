@@ -11,6 +11,10 @@ CONTINUES = ("prefill", "vllm")
 """How a server that speaks OpenAI's API is asked to go on with a text: values of the provider option `continues`."""
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 """Bounds of an app's weight: none starves, and none has all."""
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Pattern of adapter names: without a colon, so that the last one of `id:adapter` ends the model's id."""
+ADAPTER_KINDS = ("llama_cpp", "transformers")
+"""Kinds of providers that load LoRA adapters."""
 
 CHAT, CODE, VISION, JSON, TOOLS, LONG_CONTEXT = "chat", "code", "vision", "json", "tools", "long-context"
 CAPABILITIES = (CHAT, CODE, VISION, JSON, TOOLS, LONG_CONTEXT)
@@ -33,7 +37,7 @@ class Provider(msgspec.Struct, frozen=True, omit_defaults=True):
 
     name: str
     kind: str
-    """`llama_cpp`, `ollama` or `openai`."""
+    """`llama_cpp`, `transformers`, `ollama` or `openai`."""
     base_url: str | None = None
     api_key_env: str | None = None
     """Name of the environment variable, on the worker, that holds the key; the key itself is never in a record."""
@@ -71,6 +75,8 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
     provider: str
     backend_tag: str
     aliases: tuple[str, ...] = ()
+    adapters: dict[str, str] = {}
+    """LoRA adapters by name, each where its provider finds it; callers write `id:name`."""
     context_length: int = 4096
     """Tokens of prompt and completion together, of one request."""
     max_concurrency: int = 4
@@ -100,6 +106,11 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
         return capability in self.capabilities or (
             capability == LONG_CONTEXT and self.context_length >= LONG_CONTEXT_TOKENS
         )
+
+    def adapter(self, name: str) -> str:
+        """The adapter that `name` asks for behind a colon; empty where it asks for none of this model's."""
+        base, _, adapter = name.rpartition(":")
+        return adapter if base in (self.id, *self.aliases) and adapter in self.adapters else ""
 
 
 class App(msgspec.Struct, frozen=True, omit_defaults=True):

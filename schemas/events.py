@@ -83,6 +83,8 @@ class Routed(msgspec.Struct, omit_defaults=True):
 
     False from a router of an earlier version: workers, which are upgraded before routers, know what to do by then.
     """
+    adapter: str = ""
+    """LoRA adapter of the model that is to answer; empty for the model itself."""
 
 
 INLINE_BODY_BYTES = 64 * 1024

@@ -1,4 +1,4 @@
-"""`GET /v1/models`: what this key may use, under ids and aliases, and the choices that it may leave to the router."""
+"""`GET /v1/models`: the ids, aliases and adapters that this key may use, and the choices it may leave to the router."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ ROUTER = "headrace"
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    """The models and aliases that this key may use, and the choices for which there is one of them."""
+    """The models, aliases and adapters that this key may use, and the choices for which there is one of them."""
     services: Services = request.app.state.services
     key = await caller(request, services.registry)
     cards = []
     for model in services.registry.snapshot.models.values():
         if model.enabled and key.may_use(model):
-            names = (model.id, *model.aliases)
+            names = (model.id, *model.aliases, *(f"{model.id}:{adapter}" for adapter in model.adapters))
             cards += [ModelCard(id=name, created=model.created, owned_by=model.provider) for name in names]
     return ModelList(data=cards + _choices(services, key))
 
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(request: Request, model_id: str) -> ModelCard:
-    """One model, by id or alias, or one choice."""
+    """One model, by id, alias or `id:adapter`, or one choice."""
     services: Services = request.app.state.services
     key = await caller(request, services.registry)
     if model_id in TASKS:

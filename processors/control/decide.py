@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
 
 from schemas.control import (
+    ADAPTER_KINDS,
+    ADAPTER_NAME,
     ANY_MODEL,
     CAPABILITIES,
     MAX_WEIGHT,
@@ -22,7 +25,7 @@ from schemas.control import (
     is_reserved,
 )
 
-PROVIDER_KINDS = ("llama_cpp", "ollama", "openai")
+PROVIDER_KINDS = ("llama_cpp", "transformers", "ollama", "openai")
 ROLES = ("member", "admin")
 
 
@@ -218,17 +221,30 @@ def _check_model(state: ControlState, key: str, model: Model) -> None:
     _check(not unknown, f"{who}: unknown capability {', '.join(map(repr, unknown))}")
     # Whether its fallbacks are there is seen when one is needed: models come and go one by one.
     _check(key not in model.fallbacks, f"{who}: is its own fallback")
+    for adapter, source in model.adapters.items():
+        _check(re.match(ADAPTER_NAME, adapter) is not None, f"{who}: {adapter!r} is no name of an adapter")
+        _check(bool(source), f"{who}: adapter {adapter!r} says not where it is")
     if not model.enabled:
         return
     for name in (model.id, *model.aliases):
         _check(not is_reserved(name), f"{who}: the name {name!r} is reserved for a choice by the router")
     _check(model.provider in state.providers, f"{who}: there is no provider {model.provider!r}")
+    kind = state.providers[model.provider].kind
+    _check(not model.adapters or kind in ADAPTER_KINDS, f"{who}: a provider of kind {kind} loads no adapters")
     taken = {
         name: other.id
         for other in state.models.values()
         if other.enabled and other.id != key
-        for name in (other.id, *other.aliases)
+        for name in (*_names(other), *_adapted(other))
     }
-    for name in (model.id, *model.aliases):
+    for name in (*_names(model), *_adapted(model)):
         _check(name not in taken, f"{who}: the name {name!r} is taken by model {taken.get(name)!r}")
     _check(len({model.id, *model.aliases}) == 1 + len(model.aliases), f"{who}: an alias stands twice")
+
+
+def _names(model: Model) -> tuple[str, ...]:
+    return (model.id, *model.aliases)
+
+
+def _adapted(model: Model) -> tuple[str, ...]:
+    return tuple(f"{model.id}:{adapter}" for adapter in model.adapters)

@@ -115,6 +115,7 @@ def routed(request: Request, model: Model, now_ms: int) -> Routed:
         traceparent=envelope.traceparent,
         choices=choices(asked),
         continuable=continuable(asked),
+        adapter=model.adapter(asked.model),
     )
 
 

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from headrace.errors import Unavailable
 from headrace.projection import Outcome, Projection
 from headrace.registry import MAX_AGE_S, Registry
-from schemas.control import Key
+from schemas.control import Key, Model
 from tests.support.valkey import BIG, KEY, KEYS, MODELS, OFFSETS, SHA, SMALL, Clock, Valkey, fill, put_key, put_model
 
 
@@ -83,6 +83,22 @@ async def test_a_key_is_found_by_its_id_as_well(registry: Registry, projection: 
 
 async def _is(asked: Awaitable[Key | None], wanted: Key | None) -> bool:
     return await asked == wanted
+
+
+async def test_a_name_with_an_adapter_means_its_model(registry: Registry, projection: Projection) -> None:
+    tuned = msgspec.structs.replace(SMALL, adapters={"tone": "/a/tone", "law": "/a/law"})
+    exact = Model(id="small:law", provider="local", backend_tag="l")
+    await fill(projection, models=(tuned, exact))
+    snapshot = await registry.wait_complete(2)
+    for name in ("small:tone", "fast:tone"):
+        assert (snapshot.resolve(name), tuned.adapter(name)) == (tuned, "tone")
+    assert (snapshot.resolve("small"), tuned.adapter("small")) == (tuned, "")
+    assert (snapshot.resolve("small:law"), exact.adapter("small:law")) == (exact, ""), "a model's own name is first"
+    assert exact.adapter("small:tone") == "", "a fallback answers as it is"
+    for name in ("small:", "small:other", "other:tone", ":tone", "small:tone:tone"):
+        assert snapshot.resolve(name) is None
+    await fill(projection, models=(msgspec.structs.replace(tuned, enabled=False),))
+    await until(lambda: registry.snapshot.resolve("small:tone") is None, within=2)
 
 
 async def test_a_server_that_answers_text_is_read_as_well(valkey: Valkey, projection: Projection) -> None:

@@ -118,6 +118,20 @@ def test_a_name_that_another_model_has_is_refused(state: ControlState, model_id:
     assert "is taken by model 'small'" in refusal(state, put("models", model_id, other))
 
 
+def test_adapters_need_a_provider_that_loads_them_and_names_of_their_own(state: ControlState) -> None:
+    tuned = msgspec.structs.replace(SMALL, adapters={"tone": "/a/tone"})
+    take(state, put("models", "small", tuned))
+    assert "'small:tone' is taken by model 'small'" in refusal(
+        state, put("models", "small:tone", msgspec.structs.replace(SMALL, id="small:tone", aliases=()))
+    )
+    for adapters, reason in (({"a:b": "x"}, "no name of an adapter"), ({"a": ""}, "says not where it is")):
+        assert reason in refusal(state, put("models", "small", msgspec.structs.replace(tuned, adapters=adapters)))
+    take(state, put("providers", "far", Provider(name="far", kind="ollama")))
+    assert "kind ollama loads no adapters" in refusal(
+        state, put("models", "small", msgspec.structs.replace(tuned, provider="far"))
+    )
+
+
 def test_the_names_of_a_disabled_model_are_free_until_it_comes_back(state: ControlState) -> None:
     take(state, put("models", "small", msgspec.structs.replace(SMALL, enabled=False)))
     take(state, put("models", "other", msgspec.structs.replace(SMALL, id="other", aliases=("fast", "small"))))
