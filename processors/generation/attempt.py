@@ -149,10 +149,11 @@ class Attempt:
         return body
 
     async def _generate(self, body: dict[str, Any]) -> None:
+        adapter = self.command.request.adapter
         if self.command.emitted:
             await self._continue(body)
         else:
-            async with contextlib.aclosing(self._provider.generate(self._model, body)) as batches:
+            async with contextlib.aclosing(self._provider.generate(self._model, body, adapter=adapter)) as batches:
                 async for batch in batches:
                     self._give(batch)
         if self._answer.done is None:
@@ -169,7 +170,9 @@ class Attempt:
             if (rest := continuation.remaining(body, self._answer.tokens)) is None:
                 self._give([Finish(0, "length"), Done(None)])
                 return
-            async with contextlib.aclosing(provider.generate(self._model, rest, emitted=emitted)) as batches:
+            adapter = self.command.request.adapter
+            stream = provider.generate(self._model, rest, emitted=emitted, adapter=adapter)
+            async with contextlib.aclosing(stream) as batches:
                 async for batch in batches:
                     self._give(seam.feed(batch))
                     if self._answer.done is not None:

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
 
 import msgspec
 import psutil
@@ -19,8 +20,9 @@ import pytest
 
 from headrace.errors import ContextLengthExceeded, ProviderError, ProviderRefused, UnsupportedParameter
 from processors.generation.providers.base import Choices, Done, Finish, Piece, Text
+from schemas import control
 from schemas.events import Usage
-from tests.support.backends import ASK, WEIGHTS, Backend
+from tests.support.backends import ASK, Backend
 
 
 def text_of(pieces: list[Piece], index: int = 0) -> str:
@@ -183,7 +185,7 @@ async def test_an_answer_ends_where_the_context_ends(backend: Backend) -> None:
 @pytest.mark.parametrize("moment", ["prefill", "decode"])
 async def test_closing_a_stream_frees_the_engine_within_a_second(backend: Backend, moment: str) -> None:
     await backend.provider.load(backend.model)
-    words = "sea wave sand wind " * (2 if moment == "decode" else 150 if backend.kind == "llama_cpp" else 30)
+    words = "sea wave sand wind " * (2 if moment == "decode" else 150 if backend.ours else 30)
     body = {"messages": [{"role": "user", "content": f"{time.monotonic()} {words}"}], "max_tokens": 400}
     stream = backend.provider.generate(backend.model, body)
     reading = asyncio.ensure_future(anext(stream))
@@ -197,7 +199,7 @@ async def test_closing_a_stream_frees_the_engine_within_a_second(backend: Backen
     await stream.aclose()
     while await backend.busy():
         assert time.monotonic() - began < 30
-    if backend.kind == "llama_cpp" or (backend.kind == "openai" and moment == "decode"):
+    if backend.ours or (backend.kind == "openai" and moment == "decode"):
         # Other servers finish the batch, or even the whole prompt, that they compute.
         assert time.monotonic() - began < 1.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
@@ -224,7 +226,7 @@ async def test_a_killed_engine_is_an_error_and_the_next_load_works(backend: Back
         async with asyncio.timeout(10):
             async for _ in stream:
                 pass
-    if backend.kind == "llama_cpp":
+    if backend.ours:
         assert await backend.provider.on_dead(backend.model)
     await backend.restart()
     await backend.provider.load(backend.model)
@@ -238,7 +240,7 @@ async def test_unloading_gives_the_memory_back(backend: Backend) -> None:
     await backend.provider.unload(backend.model)
     await backend.provider.unload(backend.model)
     assert not [one for one in await backend.provider.resident() if one.tag.startswith(backend.model.backend_tag)]
-    if backend.kind == "llama_cpp":
+    if backend.ours:
         assert engine is not None
         assert not engine.is_running()
         with pytest.raises(ProviderError, match="not loaded"):
@@ -247,10 +249,14 @@ async def test_unloading_gives_the_memory_back(backend: Backend) -> None:
     assert text_of(await backend.pieces())
 
 
-async def test_an_engine_dies_with_its_worker() -> None:
-    worker = await asyncio.create_subprocess_exec(sys.executable, "-c", WORKER, stdout=asyncio.subprocess.PIPE)
+async def test_an_engine_dies_with_its_worker(backend: Backend) -> None:
+    if not backend.ours:
+        pytest.skip("its server is not a child of the worker")
+    record = control.Provider(name="p", kind=backend.kind, options=backend.options)
+    script = WORKER.format(record=msgspec.json.encode(record), tag=backend.model.backend_tag)
+    worker = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
     assert worker.stdout is not None
-    lines = [await worker.stdout.readline() for _ in range(2)]
+    lines = [line async for line in _until_pid(worker.stdout)]
     engine = psutil.Process(int(lines[-1]))
     worker.kill()
     await worker.wait()
@@ -258,13 +264,22 @@ async def test_an_engine_dies_with_its_worker() -> None:
     assert gone == [engine]
 
 
-WORKER = f"""
-import asyncio
-from processors.generation.providers.llama_cpp import LlamaCpp
-from schemas.control import Model
+async def _until_pid(stdout: asyncio.StreamReader) -> AsyncIterator[str]:
+    """Lines up to the one that is a process id; logs come before it."""
+    while line := (await stdout.readline()).decode():
+        yield line
+        if line.strip().isdecimal():
+            return
+
+
+WORKER = """
+import asyncio, msgspec
+from processors.generation.providers.factory import make_provider
+from schemas.control import Model, Provider
 
 async def main():
-    provider, model = LlamaCpp("p"), Model(id="m", provider="p", backend_tag="{WEIGHTS}", context_length=256)
+    provider = make_provider(msgspec.json.decode({record!r}, type=Provider))
+    model = Model(id="m", provider="p", backend_tag={tag!r}, context_length=256)
     await provider.load(model)
     print(provider.server(model).pid, flush=True)
     await asyncio.sleep(60)

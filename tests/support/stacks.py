@@ -25,6 +25,7 @@ from deploy.embedded.stack import Endpoints, discover
 from headrace import sql
 from headrace.parent import die_with_parent
 from headrace.settings import Settings
+from tests.support.adapters import write_adapter
 from tests.support.waiting import until
 
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
@@ -82,9 +83,10 @@ id = "smollm2"
 provider = "local"
 backend_tag = "SmolLM2-135M-Instruct"
 aliases = ["gpt-4o-mini"]
+adapters = {{ tone = "{tone}", lost = "/no/such.gguf" }}
 context_length = 2048
 max_concurrency = 4
-price = { input = "0.10", output = "0.40" }
+price = {{ input = "0.10", output = "0.40" }}
 """
 
 
@@ -165,9 +167,11 @@ class Stack:
         self.upstream = upstream_url
         self.key = "hr-admin-of-the-tests"
         config = data_dir.with_suffix(".toml")
-        config.write_text(
-            CONFIG.format(upstream=upstream_url, closed=closed_port()) + (SMOLLM2 if small_model else "") + models
-        )
+        text = CONFIG.format(upstream=upstream_url, closed=closed_port())
+        if small_model:
+            _, tone = write_adapter(data_dir.with_suffix(".adapters"), seed=1)
+            text += SMOLLM2.format(tone=tone)
+        config.write_text(text + models)
         self._command = up_command(config, data_dir)
         self._command += [f"--replicas={role}={count}" for role, count in (replicas or {}).items()]
         self._env = env or {}

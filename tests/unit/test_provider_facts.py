@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ollama import ShowResponse
 
-from processors.generation.providers import footprint, llama_facts, llama_models, llama_server, ollama_facts
+from processors.generation.providers import child_server, footprint, llama_facts, llama_models, ollama_facts
 from processors.generation.providers.base import RAM
 from processors.generation.providers.factory import make_provider
 from processors.generation.providers.footprint import MIB, Engine
@@ -77,7 +77,7 @@ async def test_the_expected_memory_is_that_of_the_device() -> None:
     ],
 )
 def test_a_child_sees_the_granted_device_alone(device: str, own: dict[str, str], seen: str | None) -> None:
-    assert llama_server.environment(own, device).get("CUDA_VISIBLE_DEVICES") == seen
+    assert child_server.environment(own, device).get("CUDA_VISIBLE_DEVICES") == seen
 
 
 async def test_ollama_has_memory_of_its_own_where_that_is_said() -> None:
@@ -103,7 +103,7 @@ def test_what_ollama_shows_is_read() -> None:
     assert facts.bytes - one.bytes > cache // 2
 
 
-def test_an_older_ollama_server_tells_no_capabilities() -> None:
+def test_an_older_ochild_server_tells_no_capabilities() -> None:
     old = ShowResponse.model_validate({"model_info": LLAMA, "template": "{{ .Prompt }}"})
     assert ollama_facts.facts(old, 1, 256, 1).capabilities == ("chat",)
     assert ollama_facts.facts(ShowResponse.model_validate({"model_info": None}), 1, 256, 1).capabilities == ()

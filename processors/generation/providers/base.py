@@ -148,7 +148,7 @@ class Provider(abc.ABC):
 
     @abc.abstractmethod
     def generate(
-        self, model: Model, body: Mapping[str, object], *, emitted: str = ""
+        self, model: Model, body: Mapping[str, object], *, emitted: str = "", adapter: str = ""
     ) -> AsyncGenerator[builtins.list[Piece], None]:
         """Generate an answer: batches of pieces as they arrive, the last piece of the last batch being `Done`.
 
@@ -160,7 +160,8 @@ class Provider(abc.ABC):
         reason, or sends garbage: a truncated stream is always an error, never a silent end.
 
         With `emitted` (never empty then, and only where `can_continue`) the answer has begun with that text; what comes
-        is what follows it, and the usage's prompt holds it.
+        is what follows it, and the usage's prompt holds it. With `adapter` the model answers with its LoRA adapter of
+        that name; only providers whose kind is in `control.ADAPTER_KINDS` are asked for one.
         """
 
     @abc.abstractmethod

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from headrace.errors import UnsupportedParameter
 from processors.generation.providers import parameters
 from schemas.control import Model
 
@@ -46,7 +45,6 @@ SUPPORTED = frozenset(
 )
 TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 _FORMATS = ("text", "json_object", "json_schema")
-_SEEDS = 2**32 - 1
 
 
 def prepare(model: Model, body: Mapping[str, object], *, takes_tools: bool) -> dict[str, object]:
@@ -63,30 +61,14 @@ def prepare(model: Model, body: Mapping[str, object], *, takes_tools: bool) -> d
     if isinstance(form, Mapping) and form.get("type") not in _FORMATS:
         raise parameters.refuse("response_format", BY, f"its type must be one of {', '.join(_FORMATS)}")
     if isinstance(seed := chosen.get("seed"), int):
-        chosen["seed"] = seed % _SEEDS
-    _only_text(body.get("messages"), model)
+        chosen["seed"] = seed % parameters.SEEDS
+    parameters.only_text(body.get("messages"), model)
     if (limit := parameters.max_tokens(body)) is not None:
         chosen["max_tokens"] = limit
     chosen["messages"] = body.get("messages")
     # Without events during prefill, the engine notices a closed connection only after it: 9 s later for 1,800 tokens.
     chosen["return_progress"] = True
     return chosen
-
-
-def for_choice(prepared: Mapping[str, object], index: int) -> dict[str, object]:
-    """The body of choice `index`: the same, from another seed where one is given."""
-    seed = prepared.get("seed")
-    return {**prepared, "seed": (seed + index) % _SEEDS} if isinstance(seed, int) else dict(prepared)
-
-
-def _only_text(messages: object, model: Model) -> None:
-    """The engine answers images and audio with HTTP 500 when the model has no projector, and ours are given none."""
-    for message in messages if isinstance(messages, list) else []:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in content if isinstance(content, list) else []:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind not in ("text", "refusal"):
-                raise UnsupportedParameter(f"model {model.id!r} reads text only, not {kind!r}", param="messages")
 
 
 def _only_tool(tools: object, choice: Mapping[object, object]) -> dict[str, object]:

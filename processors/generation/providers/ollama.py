@@ -148,7 +148,7 @@ class Ollama(Provider):
         return await self._count(model, await self._prepare(model, body))
 
     def generate(
-        self, model: Model, body: Mapping[str, object], *, emitted: str = ""
+        self, model: Model, body: Mapping[str, object], *, emitted: str = "", adapter: str = ""
     ) -> AsyncGenerator[builtins.list[Piece], None]:
         """See `Provider.generate`; `ollama_body` says which parameters are honoured. `emitted` is always empty."""
         return self._generate(model, body)

@@ -102,7 +102,7 @@ class OpenAICompatible(Provider):
         return None
 
     def generate(
-        self, model: Model, body: Mapping[str, object], *, emitted: str = ""
+        self, model: Model, body: Mapping[str, object], *, emitted: str = "", adapter: str = ""
     ) -> AsyncGenerator[builtins.list[Piece], None]:
         """See `Provider.generate`; every field goes on to the server, which refuses what it does not know."""
         asked = chat.streamed(chat.continued(body, emitted), model.backend_tag)

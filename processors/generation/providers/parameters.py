@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from headrace.errors import UnsupportedParameter
+from schemas.control import Model
 
 OURS = frozenset({"model", "messages", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens"})
 """Fields that Headrace itself acts on."""
@@ -25,6 +26,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "parallel_tool_calls": (True, False),
 }
 """Values that ask for what happens anyway, so that a provider without the feature may drop them."""
+
+
+SEEDS = 2**32 - 1
+"""Seeds are folded below this; llama.cpp takes -1 and 2**32 - 1 for "random"."""
 
 
 def refuse(name: str, by: str, why: str = "") -> UnsupportedParameter:
@@ -53,6 +58,22 @@ def max_tokens(body: Mapping[str, object]) -> int | None:
     limit = body.get("max_completion_tokens")
     limit = body.get("max_tokens") if limit is None else limit
     return limit if isinstance(limit, int) else None
+
+
+def for_choice(prepared: Mapping[str, object], index: int) -> dict[str, object]:
+    """The body of choice `index`: the same, from another seed where one is given."""
+    seed = prepared.get("seed")
+    return {**prepared, "seed": (seed + index) % SEEDS} if isinstance(seed, int) else dict(prepared)
+
+
+def only_text(messages: object, model: Model) -> None:
+    """Refuse images and audio, for engines that are given no projector. Raises `UnsupportedParameter`."""
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in content if isinstance(content, list) else []:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind not in ("text", "refusal"):
+                raise UnsupportedParameter(f"model {model.id!r} reads text only, not {kind!r}", param="messages")
 
 
 def wants_tools(body: Mapping[str, object]) -> bool:

@@ -1,4 +1,4 @@
-"""The worker's side of one llama.cpp child process: start, watch, ask, end."""
+"""The worker's side of one engine's child process: start, watch, ask, end."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ import structlog
 
 from headrace.errors import ProviderError
 from processors.generation.providers.base import RAM
+from processors.generation.providers.child import ChildLaunch
 from processors.generation.providers.endpoint import Endpoint
-from processors.generation.providers.llama_child import Launch
 from processors.generation.providers.pool import Pool
 
 log = structlog.get_logger(__name__)
 
-PREFIX = "headrace-llama-"
+PREFIX = "headrace-engine-"
 TAIL_LINES = 12
 LINE_LIMIT = 400
 LOAD_TIMEOUT_S = 600.0
@@ -41,10 +41,10 @@ NO_GPU = "-1"
 """An id that is no GPU's, which hides them all."""
 
 
-class LlamaServer:
+class ChildServer:
     """One running child. Made by `start`; afterwards it is alive until `stop`, or until `exited` says otherwise."""
 
-    def __init__(self, process: asyncio.subprocess.Process, launch: Launch) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, launch: ChildLaunch) -> None:
         self.launch = launch
         self._process = process
         self._measured = psutil.Process(process.pid)
@@ -56,12 +56,14 @@ class LlamaServer:
         """Tokens that a slot really holds: the engine rounds up to a multiple of 256."""
         self.takes_tools = False
         """Whether the model's chat template shows tools to the model."""
+        self.adapters: dict[str, str | None] = {}
+        """LoRA adapters by name, each with the reason why it could not be loaded, or None."""
 
     @classmethod
-    async def start(cls, name: str, launch: Launch) -> LlamaServer:
-        """Start a child for `launch` (its key, directory and parent are filled in) and return when it answers.
+    async def start(cls, name: str, program: str, launch: ChildLaunch) -> ChildServer:
+        """Start the module `program` with `launch` (its key, directory and parent are filled in).
 
-        Raises `ProviderError` with the end of its log when it cannot load the model.
+        Returns when it answers. Raises `ProviderError` with the end of its log when it cannot load the model.
         """
         remove_orphans(Path(tempfile.gettempdir()))
         directory = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
@@ -69,7 +71,7 @@ class LlamaServer:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "processors.generation.providers.llama_child",
+            program,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -168,6 +170,7 @@ class LlamaServer:
                 f" {self.launch.context_length}: lower context_length"
             )
         self.takes_tools = props.chat_template_caps.get("supports_tools", False)
+        self.adapters = {name: props.adapter_faults.get(name) for name in self.launch.adapters}
 
     async def _read_log(self) -> None:
         stderr = cast(asyncio.StreamReader, self._process.stderr)
@@ -221,6 +224,7 @@ class _Settings(msgspec.Struct):
 class _Props(msgspec.Struct):
     default_generation_settings: _Settings
     chat_template_caps: dict[str, bool] = {}
+    adapter_faults: dict[str, str] = {}
 
 
 def _endpoint(address: str, prefix: str = "") -> Endpoint:
