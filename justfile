@@ -54,6 +54,10 @@ bench-peers *ARGS: setup
 bench-scheduler *ARGS: setup
     @{{python}} -m bench.scheduler sweep "$@"
 
+# Tokens a second of the providers' engines, side by side: --model KIND=TAG, once for each
+bench-engines *ARGS: setup
+    @{{python}} -m bench.engines "$@"
+
 # Install a genuine Ollama with Go (once, 3 minutes) and serve it for its provider's tests, until Ctrl-C
 ollama *ARGS: setup
     @{{python}} tests/support/ollama_genuine.py "$@"
@@ -61,6 +65,12 @@ ollama *ARGS: setup
 # Resolve the dependencies of pyproject.toml anew
 lock: setup
     {{python}} -m uv pip compile pyproject.toml --extra embedded --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url -o requirements.lock
+    {{python}} -m uv pip compile pyproject.toml --extra transformers --extra transformers-tests --universal --python-version 3.11 --generate-hashes --no-emit-index-url -c requirements.lock -o requirements-transformers.lock
+
+# Tests of the extra `transformers`, which `test` leaves out where it is not installed (PyTorch: 5.6 GB)
+test-extras *ARGS: setup
+    @sh deploy/setup_extras.sh
+    @{{python}} -m pytest tests/extras "$@"
 
 # Install everything into .venv; does nothing when that was done
 setup:

@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their folder, and run the cheap ones first."""
-    order = ("unit", "contract", "integration", "compat", "browser", "faults")
+    order = ("unit", "contract", "extras", "integration", "compat", "browser", "faults")
     root = Path(__file__).parent
 
     def folder(item: pytest.Item) -> str:

@@ -16,10 +16,11 @@ import psutil
 
 from headrace.errors import ProviderError
 from processors.generation.providers.base import Piece, Provider
+from processors.generation.providers.child_server import ChildServer
+from processors.generation.providers.children import ChildProvider
 from processors.generation.providers.factory import make_provider
 from processors.generation.providers.llama_cpp import LlamaCpp
 from processors.generation.providers.llama_models import resolve
-from processors.generation.providers.llama_server import LlamaServer
 from processors.generation.providers.ollama import Ollama
 from schemas import control
 from schemas.control import Model
@@ -43,9 +44,16 @@ class Backend:
         self.engine = engine
         self.small: tuple[Provider, Model] = (provider, self.model)
         """A provider and model of SMALL_CONTEXT tokens."""
-        self.slots: Callable[[], LlamaServer] | None = None
+        self.slots: Callable[[], ChildServer] | None = None
+        self.options: dict[str, str | int | float | bool] = {}
+        """Of the provider's record."""
         self.restart: Callable[[], Awaitable[None]] = self._nothing
         """Bring a killed engine back where the provider itself cannot."""
+
+    @property
+    def ours(self) -> bool:
+        """Whether the engine is a child of the provider, rather than a server that others run."""
+        return isinstance(self.provider, ChildProvider)
 
     async def busy(self) -> bool:
         """Whether the engine computes now: by its slots, or by its CPU time where it shows none."""
@@ -68,7 +76,7 @@ def using_cpu(process: psutil.Process | None) -> bool:
     return False
 
 
-async def working(server: LlamaServer) -> bool:
+async def working(server: ChildServer) -> bool:
     """Whether a slot of the engine is in use, as the engine itself says."""
     slots = msgspec.json.decode(await server.root.call("GET", "/slots"), type=list[dict[str, object]])
     return any(slot["is_processing"] for slot in slots)
@@ -76,14 +84,20 @@ async def working(server: LlamaServer) -> bool:
 
 @contextlib.asynccontextmanager
 async def llama_backend() -> AsyncIterator[Backend]:
-    provider = LlamaCpp("llama_cpp")
+    async with child_backend("llama_cpp", LlamaCpp("llama_cpp"), WEIGHTS) as backend:
+        yield backend
+
+
+@contextlib.asynccontextmanager
+async def child_backend(kind: str, provider: ChildProvider, tag: str) -> AsyncIterator[Backend]:
+    """A provider whose engines are children of this process."""
 
     def engine() -> psutil.Process | None:
         with contextlib.suppress(ProviderError, psutil.Error):
             return psutil.Process(provider.server(backend.model).pid)
         return None
 
-    backend = Backend("llama_cpp", provider, WEIGHTS, engine)
+    backend = Backend(kind, provider, tag, engine)
     backend.slots = lambda: provider.server(backend.model)
     backend.small = provider, msgspec.structs.replace(backend.model, id="small", context_length=SMALL_CONTEXT)
     try:

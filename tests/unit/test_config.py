@@ -12,6 +12,7 @@ from headrace.config import OPTIONS, Config, ConfigError, default_config, load_c
 from headrace.toml_lines import line_of, locate
 from processors.generation.providers.factory import OllamaOptions, OpenAIOptions
 from processors.generation.providers.llama_cpp import Options as LlamaOptions
+from processors.generation.providers.transformers import Options as TransformersOptions
 from schemas.control import CAPABILITIES, Price
 
 GOOD = """\
@@ -139,7 +140,12 @@ def test_without_a_file_the_packaged_model_is_served() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "line", "message"),
     [
-        ('kind = "llama_cpp"', 'kind = "llamacpp"', 4, "providers[0].kind: input should be 'llama_cpp', 'ollama'"),
+        (
+            'kind = "llama_cpp"',
+            'kind = "llamacpp"',
+            4,
+            "providers[0].kind: input should be 'llama_cpp', 'transformers'",
+        ),
         (
             'input = "0.10"',
             "input = 0.10",
@@ -224,6 +230,16 @@ def test_an_error_names_file_line_and_field(old: str, new: str, line: int, messa
     assert any(fault.startswith(f"headrace.toml:{line}: {message}") for fault in found), found
 
 
+def test_adapters_go_with_a_provider_that_loads_them() -> None:
+    adapted = GOOD.replace('id = "smollm2"', 'id = "smollm2"\nadapters = { tone = "/a/tone" }')
+    assert parse_config(adapted).models[0].record().adapters == {"tone": "/a/tone"}
+    far = GOOD.replace('id = "big"', 'id = "big"\nadapters = { tone = "/a/tone" }')
+    assert "a provider of kind openai does not" in faults(far)[0]
+    assert "models[0].adapters" in faults(adapted.replace("tone =", '"to:ne" ='))[0]
+    taken = adapted.replace('id = "big"', 'id = "smollm2:tone"')
+    assert "'smollm2:tone' is the id of models[1] already" in faults(taken)[0]
+
+
 def test_all_faults_are_told_at_once_in_the_order_of_the_file() -> None:
     found = faults(GOOD.replace("llama_cpp", "x").replace("preload = false", "prelod = false"))
     assert [fault.split(":")[1] for fault in found] == ["4", "29"]
@@ -266,7 +282,8 @@ def test_lines_are_found_behind_values_of_many_lines_and_in_dotted_keys() -> Non
 
 
 def test_the_known_options_are_those_of_the_workers_providers() -> None:
-    structs = {"llama_cpp": LlamaOptions, "ollama": OllamaOptions, "openai": OpenAIOptions}
+    structs: dict[str, type] = {"llama_cpp": LlamaOptions, "ollama": OllamaOptions, "openai": OpenAIOptions}
+    structs["transformers"] = TransformersOptions
     for kind, struct in structs.items():
         known = {field.name: field.type for field in msgspec.structs.fields(struct)}
         assert OPTIONS[kind].keys() == known.keys()

@@ -17,12 +17,14 @@ from processors.generation.providers.llama_cpp import Options as LlamaOptions
 from processors.generation.providers.ollama import Ollama
 from processors.generation.providers.openai import OpenAICompatible
 from processors.generation.providers.pool import Pool
+from processors.generation.providers.transformers import Options as TransformersOptions
+from processors.generation.providers.transformers import Transformers
 from schemas import control
 
 OLLAMA_URL = "http://127.0.0.1:11434"
 IDLE_TIMEOUT_S = 120.0
 
-Options = TypeVar("Options", LlamaOptions, "OllamaOptions", "OpenAIOptions")
+Options = TypeVar("Options", LlamaOptions, TransformersOptions, "OllamaOptions", "OpenAIOptions")
 
 
 class RemoteOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -57,6 +59,8 @@ def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.e
     """
     if record.kind == "llama_cpp":
         return LlamaCpp(record.name, _options(record, LlamaOptions))
+    if record.kind == "transformers":
+        return Transformers(record.name, _options(record, TransformersOptions))
     if record.kind == "openai":
         if not record.base_url:
             raise ProviderError(
@@ -73,7 +77,8 @@ def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.e
             host=record.base_url or OLLAMA_URL, headers=_headers(record, environ), timeout=options.idle_timeout_s
         )
         return Ollama(record.name, client, pool, memory_bytes=options.memory_bytes, parallel=options.parallel)
-    raise ProviderError(f"provider {record.name!r} has kind {record.kind!r}; it must be llama_cpp, ollama or openai")
+    kinds = "llama_cpp, transformers, ollama or openai"
+    raise ProviderError(f"provider {record.name!r} has kind {record.kind!r}; it must be {kinds}")
 
 
 def _pool(record: control.Provider, endpoint: Endpoint, options: RemoteOptions, environ: Mapping[str, str]) -> Pool:
