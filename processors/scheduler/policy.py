@@ -228,8 +228,9 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     pool.workers[status.worker] = Worker(status, now_ms, trusted)
     if not trusted:
         # Asked again at each heartbeat until it shows: a term is idempotent, and the worker may be new.
-        ask = SendTerm(status.worker, pool.fences.get(status.worker, 0))
-        return [*actions, ask] if status.term <= pool.term else actions
+        if status.term <= pool.term:
+            actions.append(SendTerm(status.worker, pool.fences.get(status.worker, 0)))
+        return actions + _serve(pool, now_ms)  # Others may have to do without it.
     first = known is None or not known.trusted
     actions += _adopt(pool, status, now_ms)
     actions += _see_freed(pool, status)

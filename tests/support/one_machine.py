@@ -8,7 +8,7 @@ from processors.scheduler import messages
 from processors.scheduler.policy import step
 from processors.scheduler.state import Limits, Pool, Request
 from schemas.control import Model
-from schemas.events import Device, Priority, Resident, WorkerStatus
+from schemas.events import Device, Priority, Resident, RunningAttempt, WorkerStatus
 
 TERM = 7
 
@@ -25,6 +25,8 @@ class Machine:
         self.assigned: list[tuple[int, str]] = []
         self.ended: list[messages.End] = []
         self.loads: list[tuple[int, str]] = []
+        self.goes_on: set[str] = set()
+        """Requests that it shows as running, and as such that another attempt could go on from them."""
         self.shown_bytes = 0
         """What it measures of each model; 0 when it cannot."""
         self.tell(messages.ModelsChanged({model.id: model for model in models}))
@@ -43,6 +45,9 @@ class Machine:
                     self.resident.pop(model)
                 case messages.Assign(request):
                     self.assigned.append((self.now, request.id))
+                case messages.Recover(running):
+                    self.goes_on.discard(running.request.id)
+                    self.tell(messages.AttemptReady(running.request.id, running.request.attempt + 1))
                 case messages.End():
                     self.ended.append(action)
 
@@ -54,10 +59,11 @@ class Machine:
             Resident(model, epoch, state, self.shown_bytes, device="d")
             for model, (epoch, state, _) in self.resident.items()
         ]
+        running = [RunningAttempt(id, self.pool.running[id].request.attempt, 1, 1, True) for id in self.goes_on]
         self.tell(
             messages.WorkerSeen(
                 WorkerStatus(
-                    "w1", "b1", "default", TERM, self.now, providers=["p"], resident=shown,
+                    "w1", "b1", "default", TERM, self.now, providers=["p"], resident=shown, running=running,
                     devices=[Device("d", self.size, ["p"])],
                 )
             )
