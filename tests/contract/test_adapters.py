@@ -27,7 +27,7 @@ class Adapted:
 
     async def says(self, adapter: str = "", tokens: int = 16) -> str:
         body = {"messages": ASK, "max_tokens": tokens, "temperature": 0.0}
-        batches = [batch async for batch in self.provider.generate(self.model, body, adapter)]
+        batches = [batch async for batch in self.provider.generate(self.model, body, adapter=adapter)]
         return "".join(piece.text for batch in batches for piece in batch if isinstance(piece, Text))
 
 

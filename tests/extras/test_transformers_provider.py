@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import psutil
 import pytest
 
 from headrace.errors import ProviderError, ProviderRefused
-from processors.generation.providers.base import RAM, Text
+from processors.generation.providers.base import RAM
 from processors.generation.providers.transformers import Options, Transformers
 from tests.contract.test_providers import *  # noqa: F403  (its tests run here with this module's backend)
 from tests.contract.test_providers import reasons, text_of, usage_of
@@ -48,18 +47,6 @@ async def test_an_answer_is_the_same_alone_and_among_others(backend: Backend) ->
     together = await asyncio.gather(*(later(number) for number in range(8)))
     await backend.provider.unload(model)
     assert together == alone
-
-
-async def test_a_character_of_many_tokens_is_never_cut(backend: Backend) -> None:
-    """The form leaves the model one answer, whose characters have up to four tokens each."""
-    wave = "🌊🏔️🦀 größer 海"
-    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [wave]}}}
-    pieces = await backend.pieces(response_format=form, max_tokens=80)
-    assert json.loads(text_of(pieces)) == wave
-    texts = [piece.text for piece in pieces if isinstance(piece, Text)]
-    assert len(texts) > 5
-    assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
-    assert usage_of(pieces).completion_tokens > len(texts), "no character had more than one token"
 
 
 async def test_penalties_and_biases_change_what_is_said(backend: Backend) -> None:

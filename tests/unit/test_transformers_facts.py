@@ -44,7 +44,7 @@ def test_a_chosen_type_counts_in_memory_and_not_on_the_disk(tmp_path: Path) -> N
     stored = transformers_facts.facts(found, LAUNCH, on_gpu=True)
     widened = transformers_facts.facts(found, wide, on_gpu=True)
     assert widened.weight_bytes == stored.weight_bytes == 128_000
-    assert widened.bytes - stored.bytes == 128_000 + 3 * 100 * 2 * 2 * 32 * 2 + 13 * (8 * 64 + 3 * 96) * 2
+    assert widened.bytes - stored.bytes == 256_000 + 3 * 100 * 2 * 2 * 32 * 2 + 13 * (8 * 64 + 3 * 96) * 2
 
 
 def test_models_of_several_kinds_are_read_at_their_text(tmp_path: Path) -> None:

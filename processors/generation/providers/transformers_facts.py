@@ -59,7 +59,8 @@ def facts(folder: Folder, launch: Launch, *, on_gpu: bool, own_template: bool = 
     kinds = sorted(folder.elements, key=lambda kind: folder.elements[kind])
     kind = launch.dtype if launch.dtype in BYTES else (kinds[-1] if kinds else "float32")
     size = BYTES.get(kind, 1)
-    weights = stored if launch.dtype not in BYTES else sum(folder.elements.values()) * size
+    # While weights are turned into another type, both are there.
+    weights = stored + (sum(folder.elements.values()) * size if launch.dtype in BYTES else 0)
     vocabulary = _number(config, "vocab_size") or footprint.LARGEST_VOCABULARY
     process = footprint.GPU_PROCESS if on_gpu else PROCESS + TOKEN_BYTES * vocabulary
     chats = bool(folder.template or own_template)

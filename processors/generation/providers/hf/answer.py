@@ -70,6 +70,8 @@ class Answer:
         """Choose the next token from the scores `(vocabulary,)` behind the last one."""
         try:
             token = self._sampler.choose(scores, self._form.allowed() if self._form is not None else None)
+            if self._form is not None and token not in self._ends:
+                self._form.take(token)
         except FormError as problem:
             self.ended = True
             return Event(0, "", error=f"the form of the answer cannot be kept: {problem}")
@@ -77,8 +79,6 @@ class Answer:
         self.tokens.append(token)
         if token in self._ends:
             return self._end(token, self._rest(), told, "stop")
-        if self._form is not None:
-            self._form.take(token)
         text, stopped = self._stops.add(self._text.add(token))
         if stopped:
             return self._end(token, text, told, "stop")

@@ -37,8 +37,9 @@ class Form:
         return mask
 
     def take(self, token: int) -> None:
-        """The answer goes on with this token."""
-        self._matcher.consume_token(token)
+        """The answer goes on with this token. Raises `FormError` when it cannot; the matcher then looks complete."""
+        if not self._matcher.consume_token(token):
+            raise FormError(self._matcher.get_error())
 
     @property
     def complete(self) -> bool:
