@@ -33,7 +33,8 @@ class Kind(IntEnum):
 class Moved(msgspec.Struct):
     """Where the frames of a request that was asked twice really are."""
 
-    partition: int
+    partition: int | None
+    """None where it has ended: its result is in the request log."""
     since_ms: int
 
 

@@ -46,6 +46,8 @@ class Following:
         self._services = services
         self._public = public
         self._steps = steps
+        self._since_ms = public.created_ms
+        """Unix ms from which on the log may hold the end: a request that was asked before has ended before."""
         self._seq = seen
         """Last step that was given."""
         self._whole: list[Delta] = []
@@ -156,8 +158,12 @@ class Following:
             return
         if self.stream.moved is not None:
             moved = msgspec.json.decode(self.stream.moved, type=Moved)
-            self._replay(moved.partition, moved.since_ms - SLACK_MS)
-            return
+            self._since_ms = min(self._since_ms, moved.since_ms)
+            if moved.partition is not None:
+                self._replay(moved.partition, moved.since_ms - SLACK_MS)
+                return
+            self.stream.moved = None
+            self._silences = 0
         if self._ended is None and _asks_log(self._silences):
             self._ended = await self._ask_log()
         self._silences += 1
@@ -188,7 +194,7 @@ class Following:
     async def _ask_log(self) -> Terminal | None:
         try:
             async with asyncio.timeout(10):
-                found = await self._services.lookup.terminal(self._public.request_id, self._public.created_ms)
+                found = await self._services.lookup.terminal(self._public.request_id, self._since_ms)
         except Exception as error:
             # Best effort: the frames may still come, and the next silence asks again.
             self._log.warning("lookup_failed", error=repr(error))

@@ -110,13 +110,17 @@ class Scheduler:
         await asyncio.gather(*waits)
 
     async def _duplicate(self, runner: PoolRunner, routed: Routed) -> None:
-        """The same request again: counted, never ended by us; its caller is sent to the first one's stream."""
+        """The same request again: counted, never ended by us; its caller is sent to the first one's stream or end."""
         metrics.DUPLICATES.inc()
         held = runner.held.get(routed.request_id)
         self._outcomes.event(routed.request_id, routed.tenant, Stage.DUPLICATE, detail={"live": held is not None})
-        if held is None or held.routed.reply_partition == routed.reply_partition:
+        if held is None:
+            ended_ms = self._finished.get(routed.request_id, now_ms())
+            moved = frames.Moved(None, ended_ms - MAX_AGE_MS)  # We may have heard of its end long after.
+        elif held.routed.reply_partition != routed.reply_partition:
+            moved = frames.Moved(held.routed.reply_partition, held.routed.accepted_ms)
+        else:
             return
-        moved = frames.Moved(held.routed.reply_partition, held.routed.accepted_ms)
         delta = frames.Delta(
             bytes.fromhex(routed.request_id), 0, 0, frames.Kind.MOVED, 0, msgspec.json.encode(moved).decode()
         )
@@ -165,7 +169,7 @@ class Scheduler:
                 )
                 routed = await read_routed(reader, mine)
                 runner.remember(await read_wishes(reader, name, now_ms()))
-            self._finished |= dict.fromkeys(live.finished, now_ms())
+            self._finished |= live.finished
             await self._follow_models(runner)
             self._pools[name] = runner
             for request in mine:

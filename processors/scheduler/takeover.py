@@ -34,8 +34,8 @@ class LiveSet:
 
     requests: list[LiveRequest] = field(default_factory=list)
     """Requests without a tombstone."""
-    finished: set[str] = field(default_factory=set)
-    """Requests whose tombstone is still there (a day)."""
+    finished: dict[str, int] = field(default_factory=dict)
+    """Requests whose tombstone is still there (a day), and when that was written (Unix ms)."""
 
 
 async def take_term(producer: Producer, pool: str, instance: str) -> int:
@@ -47,16 +47,16 @@ async def take_term(producer: Producer, pool: str, instance: str) -> int:
 
 async def read_live(reader: LogReader, partitions: Iterable[int]) -> LiveSet:
     """Read partitions of `scheduler.live` whole."""
-    last: dict[str, LiveRequest | None] = {}
+    last: dict[str, LiveRequest | int] = {}
     assignment = reader.assign([LIVE], partitions)
     await reader.consumer.seek_to_beginning(*assignment)
     async for record in reader.read_to_end(assignment):
         if record.key is not None:
-            last[record.key.decode()] = _live.decode(record.value) if record.value is not None else None
+            last[record.key.decode()] = _live.decode(record.value) if record.value is not None else record.timestamp
     found = LiveSet()
     for request_id, live in last.items():
-        if live is None:
-            found.finished.add(request_id)
+        if isinstance(live, int):
+            found.finished[request_id] = live
         else:
             found.requests.append(live)
     return found

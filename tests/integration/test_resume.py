@@ -16,6 +16,7 @@ from redis import asyncio as redis
 from bench.gateway.spec import Spec
 from headrace.control_client import command, control_client
 from ingress.idempotency import PENDING_S, PREFIX, Reservation
+from ingress.lookup import CLOCK_SLACK_MS
 from schemas.control import App, Key
 from schemas.ids import idempotent_request_id
 from tests.support.accounts import usage_rows
@@ -179,6 +180,23 @@ async def test_a_key_whose_ingress_died_before_it_published_is_taken_over(stack:
     assert numbers(answer.text) == [0, 1, 2]
     assert 1.5 < time.monotonic() - began < 8
     assert (await stack.seen(name)).requests == 1
+
+
+async def test_a_key_whose_ingress_died_when_it_had_published_gets_the_answer_of_then(
+    stack: Stack, api: Api, other: Api
+) -> None:
+    """Its ingress could not say that it had: the request is published once more when it has long ended."""
+    name, spec = named(tokens=3, interval_ms=1)
+    first = await api.ask(body(spec), {"idempotency-key": name})
+    request_id = first.headers["x-request-id"]
+    await asyncio.sleep(CLOCK_SLACK_MS / 1000 + 1)  # Else a look around the second time would find it by luck.
+    async with redis.from_url(stack.settings.redis_url) as client:
+        assert await client.delete(f"{PREFIX}default:{request_id}") == 1
+    again = await other.ask(body(spec), {"idempotency-key": name})
+    assert again.status_code == 200 and again.headers["x-request-id"] == request_id
+    assert numbers(again.text) == [0, 1, 2]
+    assert (await stack.seen(name)).requests == 1
+    await one_usage(stack, request_id)
 
 
 async def test_a_record_that_is_published_twice_is_one_generation(stack: Stack, api: Api) -> None:
