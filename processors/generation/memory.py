@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 import structlog
@@ -37,6 +37,18 @@ INSPECT_AGAIN_S = 5.0
 """Until a provider that could not tell of a model is asked again."""
 NOBODY_KNOWS = 1
 """Bytes of a model that its provider cannot tell of: it may be loaded, and the load says what is wrong."""
+ESTIMATE_OVER = 1.3
+"""An estimate is at most so many times what a model takes (`tests/contract/test_provider_facts.py`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Where a model is held, or being loaded or unloaded, and by whom."""
+
+    device: str
+    """Empty where its memory is not counted."""
+    provider: Provider
+    """Not the one of the present record, perhaps, when that was changed since."""
 
 
 @dataclass(slots=True)
@@ -49,14 +61,8 @@ class _Known:
     """None while the provider is asked."""
     again_at: float | None = None
     """Loop time after which the provider is asked again; None when it has told, or is being asked."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What a provider held when it was last asked."""
-
-    loaded: dict[str, LoadedModel] = field(default_factory=dict)
-    """By model."""
+    measured: int = 0
+    """Most bytes that any load of it took."""
 
 
 class Memory:
@@ -72,10 +78,15 @@ class Memory:
         self._known: dict[str, _Known] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self._troubles: set[str] = set()
+        self._held: dict[str, Held] = {}
+        self._seen: dict[str, LoadedModel] = {}
+        """What providers told of those models."""
         self._peaks: dict[str, int] = {}
-        self._seen: dict[str, _Seen] = {}
-        self._leases: dict[str, str] = {}
+        self._leaving: set[str] = set()
+        """Models whose unload is not proven yet: their memory is still ours."""
         self._readings: list[Reading] = []
+        self._gpus: list[str] = []
+        """Every GPU seen so far."""
         self._blind_until: float | None = None
 
     # --- for the heartbeat ------------------------------------------------------------------------------------
@@ -93,27 +104,28 @@ class Memory:
         self,
         providers: Mapping[str, tuple[control.Provider, Provider]],
         models: Collection[control.Model],
-        leases: Mapping[str, str],
+        held: Mapping[str, Held],
     ) -> None:
-        """Read devices and providers. `models` are those of the providers; `leases` says where those held were granted.
+        """Read devices and providers. `models` are those of the providers; `held` are the models that lie somewhere.
 
         Never raises what a provider or a device raises: what it did not tell stays as it was.
         """
-        self._leases = dict(leases)
-        self._peaks = {model: size for model, size in self._peaks.items() if model in leases}
+        self._held = dict(held)
+        self._peaks = {model: size for model, size in self._peaks.items() if model in held}
+        self._seen = {model: loaded for model, loaded in self._seen.items() if model in held}
         if self._blind_until is None:
             self._blind_until = asyncio.get_running_loop().time() + BLIND_S
-        held = {model.provider for model in models if model.id in leases}
-        await asyncio.gather(*(self._ask_resident(name, one) for name, (_, one) in providers.items() if name in held))
+        await asyncio.gather(*map(self._ask_resident, {one.provider for one in held.values()}))
         self._readings = await self._read()
         if not self.ready:
             return
-        gpus = [reading.id for reading in self._readings if reading.kind == "gpu"]
+        # Those that are gone too: models of a provider with a GPU are not moved to RAM because it fell off its bus.
+        self._gpus += [one.id for one in self._readings if one.kind == "gpu" and one.id not in self._gpus]
         on_gpu: list[str] = []
         on_ram: list[str] = []
         own: list[Device] = []
         for name, (_, provider) in providers.items():
-            kind = await provider.device_kind(gpus)
+            kind = await provider.device_kind(self._gpus)
             if kind == "own":
                 own.append(Device(name, provider.memory_bytes or 0, [name], shared=True))
             elif kind != "none":
@@ -137,27 +149,30 @@ class Memory:
             log.error("memory_unreadable", error=str(error))
             return self._readings
 
-    async def _ask_resident(self, name: str, provider: Provider) -> None:
-        loaded = await self._quietly(provider.resident(), f"provider {name} does not tell what it holds")
-        if loaded is not None:
-            self._seen[name] = _Seen({one.model: one for one in loaded if one.model})
+    async def _ask_resident(self, provider: Provider) -> None:
+        told = await self._quietly(provider.resident(), f"provider {provider.name} does not tell what it holds")
+        if told is None:
+            return
+        loaded = {one.model: one for one in told}
+        for model in [model for model, held in self._held.items() if held.provider is provider]:
+            if model in loaded:
+                self._seen[model] = loaded[model]
+            elif model not in self._leaving:
+                self._seen.pop(model, None)
 
     def _measure(self) -> None:
-        for seen in self._seen.values():
-            for model, loaded in seen.loaded.items():
-                if model in self._leases:
-                    self._peaks[model] = max(self._peaks.get(model, 0), self._size(self._leases[model], loaded))
+        for model, loaded in self._seen.items():
+            self._peaks[model] = max(self.peak(model), self._size(self._held[model].device, loaded))
 
     def _size(self, device: str, loaded: LoadedModel) -> int:
         """Bytes of a loaded model, in whole MiB upwards: a few pages more are no news."""
         reading = evidence.find(self._readings, device)
-        told = held_on(reading, {loaded.pid}) if reading is not None and loaded.pid is not None else None
+        told = _told(reading, loaded) if reading is not None else None
         return -(-(told or loaded.bytes) // MIB) * MIB
 
     def _pids(self) -> set[int]:
         """Our engines' processes."""
-        loaded = (one for seen in self._seen.values() for one in seen.loaded.values())
-        return {one.pid for one in loaded if one.pid is not None}
+        return {one.pid for one in self._seen.values() if one.pid is not None}
 
     def _machine(self, on_gpu: list[str], on_ram: list[str]) -> list[Device]:
         """The machine's own devices that some provider's models lie on."""
@@ -175,12 +190,10 @@ class Memory:
         return list(found.values())
 
     def _ours(self, reading: Reading) -> int:
-        """Bytes that our engines hold there; where the driver does not say, what their models need."""
-        told = held_on(reading, self._pids())
-        if told is not None:
-            return told
-        loaded = {model for seen in self._seen.values() for model in seen.loaded}
-        return sum(self._needed(model) for model in loaded if self._leases.get(model) == reading.id)
+        """Bytes that our engines hold there; where the device does not say, what their models need."""
+        here = [(model, loaded) for model, loaded in self._seen.items() if self._held[model].device == reading.id]
+        told = {model: _told(reading, loaded) for model, loaded in here}
+        return sum(self._needed(model) if size is None else size for model, size in told.items())
 
     def _needed(self, model: str) -> int:
         known = self._known.get(model)
@@ -207,8 +220,9 @@ class Memory:
                 task = asyncio.create_task(self._ask_need(known, provider))
                 self._asking.add(task)
                 task.add_done_callback(self._asking.discard)
-            if known.need is not None and (peak := self.peak(model.id)):
-                known.need.bytes = peak  # Better than any estimate, for the next load too.
+            known.measured = max(known.measured, self.peak(model.id))
+            if known.need is not None and known.measured:
+                known.need.bytes = known.measured  # Better than any estimate, for the next load too.
             fresh[model.id] = known
         self._known = fresh
 
@@ -246,29 +260,57 @@ class Memory:
                 " somebody else took memory"
             )
 
-    async def loaded(self, provider: str, device: str, loaded: LoadedModel) -> None:
+    async def loaded(self, provider: Provider, device: str, loaded: LoadedModel) -> None:
         """A model was loaded: measure it, so that its lease has the true size from its first moment."""
-        self._seen.setdefault(provider, _Seen()).loaded[loaded.model] = loaded
-        self._leases[loaded.model] = device
+        self._held[loaded.model] = Held(device, provider)
+        self._seen[loaded.model] = loaded
         self._readings = await self._read()
         self._measure()
 
     async def unload(self, model: control.Model, provider: Provider, device: str) -> None:
-        """Unload, and return on evidence that the memory is free. Raises `ProviderError` when the provider does not."""
-        loaded = self._seen.get(model.provider, _Seen()).loaded.get(model.id)
+        """Unload, and return on evidence that the memory is free. Raises `ProviderError` when the provider does not.
+
+        A device that is gone keeps nobody waiting: nothing is granted there, and should it come back, what is free on
+        it is measured anew.
+        """
+        loaded = self._seen.get(model.id)
         pids = {loaded.pid} if loaded is not None and loaded.pid is not None else set()
+        self._leaving.add(model.id)
         before = await self._read(pids)
-        was = evidence.find(before, device)
+        was = next((reading for reading in before if reading.id == device), None)
         listed = evidence.lists(before, device, pids)
-        size = self._size(device, loaded) if loaded is not None else 0
         await provider.unload(model)
-        if was is None or not pids:
-            return  # The provider saw to it.
-        while True:
+        # Without a process of ours, or a device that is read, the provider saw to it.
+        while was is not None and pids:
             now = await self._read(pids)
-            if not evidence.still_holding(now, device, pids, listed=listed) or evidence.given_back(was, now, size):
-                return
+            if all(reading.id != device for reading in now):
+                break
+            if not evidence.still_holding(now, device, pids, listed=listed):
+                break
+            if not listed and evidence.given_back(was, now, self._given_back_on(device)):
+                break
             await asyncio.sleep(LOOK_AGAIN_S)
+        self._leaving.discard(model.id)
+        self._seen.pop(model.id, None)
+
+    def _given_back_on(self, device: str) -> int:
+        """Least bytes by which a device's free memory rises when all that is being unloaded there is gone."""
+        return sum(
+            self.peak(model) or int(self._needed(model) / ESTIMATE_OVER)
+            for model in self._leaving
+            if model in self._held and self._held[model].device == device
+        )
+
+
+def _told(reading: Reading, loaded: LoadedModel) -> int | None:
+    """Bytes of a model as its device tells; None where that does not show its process, or not its bytes.
+
+    A GPU in a container may list the host's process ids: that ours is not among them does not mean that it holds
+    nothing.
+    """
+    if loaded.pid is None or reading.processes is None or loaded.pid not in reading.processes:
+        return None
+    return held_on(reading, {loaded.pid})
 
 
 def _plain(size: int | None) -> int | None:

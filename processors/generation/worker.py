@@ -17,7 +17,7 @@ from processors.generation.attempt import Attempt, unable
 from processors.generation.bodies import Bodies
 from processors.generation.breakers import Breakers
 from processors.generation.frames_out import FrameWriter
-from processors.generation.memory import Memory
+from processors.generation.memory import Held, Memory
 from processors.generation.providers.base import Provider
 from schemas import control
 from schemas.events import (
@@ -174,7 +174,7 @@ class Worker:
             if held.device:
                 await self.memory.check_room(held.model.id, held.device)
             loaded = await provider.load(held.model, held.device)
-            await self.memory.loaded(provider.name, held.device, loaded)
+            await self.memory.loaded(provider, held.device, loaded)
             held.settle("active")
             metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
             log.info("model_loaded", model=held.model.id, epoch=held.epoch, device=held.device, bytes=loaded.bytes)
@@ -295,8 +295,12 @@ class Worker:
                     log.error("provider_unusable", provider=record.name, error=error.message)
         names = {record.name for record in providers}
         served = {name: made for name, made in self._made.items() if name in names}
-        leases = {model: held.device for model, held in self._held.items() if held.state != "failed"}
-        await self.memory.look(served, [model for model in models if model.provider in served], leases)
+        somewhere = {
+            model: Held(held.device, held.provider)
+            for model, held in self._held.items()
+            if held.state != "failed" and held.provider is not None
+        }
+        await self.memory.look(served, [model for model in models if model.provider in served], somewhere)
         if self.memory.ready:
             self.providers = sorted(names)
 

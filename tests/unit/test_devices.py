@@ -186,7 +186,7 @@ def test_silence_of_a_gpu_is_no_evidence() -> None:
     assert still_holding([], "GPU-1", [7], listed=True), "it fell off the bus"
     assert still_holding([gpu(stale=True)], "GPU-1", [7], listed=True), "it hangs"
     assert still_holding([replace(gpu(), processes=None)], "GPU-1", [7], listed=True), "it lists nobody"
-    assert not lists([gpu(processes={7: 1}, stale=True)], "GPU-1", [7])
+    assert lists([gpu(processes={7: 1}, stale=True)], "GPU-1", [7]), "that it shows our process ids was seen before"
 
 
 def test_ram_is_free_when_every_process_was_looked_for_and_is_gone() -> None:

@@ -20,8 +20,8 @@ def find(readings: Iterable[Reading], device: str) -> Reading | None:
 
 
 def lists(readings: Iterable[Reading], device: str, pids: Collection[int]) -> bool:
-    """Whether the device shows one of these processes by its id."""
-    reading = find(readings, device)
+    """Whether the device shows one of these processes by its id, or did when it last answered."""
+    reading = next((one for one in readings if one.id == device), None)
     return reading is not None and reading.processes is not None and not reading.processes.keys().isdisjoint(pids)
 
 
