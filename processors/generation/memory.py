@@ -177,11 +177,14 @@ class Memory:
     def _machine(self, on_gpu: list[str], on_ram: list[str]) -> list[Device]:
         """The machine's own devices that some provider's models lie on."""
         found: dict[str, Device] = {}
+        last = {known.id: known.bytes for known in self.devices}
         for reading in self._readings:
             names = on_gpu if reading.kind == "gpu" else on_ram
             if names:
                 steady = self._steady.setdefault(reading.id, budget.Steady())
                 size = budget.budget(reading, self._ours(reading), self._reserved(reading), self._cap)
+                # A provider tells of an engine when it answers; what it takes until then is not somebody else's.
+                size = max(size, min(last.get(reading.id, 0), size + self._coming(reading.id)))
                 found[reading.id] = Device(reading.id, steady.follow(size), names)
         for known in self.devices:
             # A device that was there and does not show any more holds nothing; that is not the same as no device.
@@ -194,6 +197,14 @@ class Memory:
         here = [(model, loaded) for model, loaded in self._seen.items() if self._held[model].device == reading.id]
         told = {model: _told(reading, loaded) for model, loaded in here}
         return sum(self._needed(model) if size is None else size for model, size in told.items())
+
+    def _coming(self, device: str) -> int:
+        """Bytes that the models that are being loaded there may have taken already."""
+        return sum(
+            self._needed(model)
+            for model, held in self._held.items()
+            if held.device == device and model not in self._seen
+        )
 
     def _needed(self, model: str) -> int:
         known = self._known.get(model)

@@ -13,6 +13,7 @@ from pydantic import ByteSize
 from headrace.errors import ProviderError
 from headrace.settings import Settings
 from processors.generation import memory
+from processors.generation.memory import Held
 from schemas import control
 from schemas.events import Device
 from tests.support.scripted_machine import Engines, Machine, Node
@@ -119,6 +120,24 @@ async def test_what_is_held_where_a_driver_does_not_say_is_what_the_models_need(
     machine.parts["gpu0"].held[OTHERS] = 6 * GIB
     await node.look()
     assert node.budgets["gpu0"] == (20 - 7 - 6 + 8) * GIB, "7 GiB are held, and counted as the 8 of the estimate"
+
+
+async def test_what_a_load_takes_while_it_goes_on_is_not_taken_by_others(
+    node: Node, machine: Machine, engines: Engines
+) -> None:
+    gpu = machine.parts["gpu0"]
+    await node.load("small", "gpu0")
+    node.held["big"] = Held("gpu0", engines)  # a worker shows it from the command on
+    for taken in (3 * GIB, 7 * GIB):
+        gpu.held[OTHERS] = taken  # it is the engine's, but nobody has told of it yet
+        await node.look()
+        assert node.budgets["gpu0"] == 20 * GIB
+    gpu.held[OTHERS + 1] = 6 * GIB
+    await node.look()
+    assert node.budgets["gpu0"] == 15 * GIB, "more than the model needs is taken by somebody else"
+    del node.held["big"]
+    await node.look()
+    assert node.budgets["gpu0"] == 7 * GIB
 
 
 async def test_main_memory_of_an_engine_on_a_gpu_is_not_what_leases_are_about(machine: Machine) -> None:
