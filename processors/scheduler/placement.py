@@ -1,11 +1,11 @@
 """Which model gets the memory of which device, and who has to give it back. Pure, as the policy that calls it.
 
 A model that takes none of our memory is held by every worker that serves it. Another one that is wanted and not held
-takes free memory where it fits tightest. Where nothing is free, the cheapest set
-of held models that suffices is drained: idle ones first, by what it would cost to need them again (expected requests x
-load time) for the memory they give. A model in use gives way only to a queue that is about to wait for longer than
-W_max: in simulation (`bench/scheduler`) each rule by which it gave way sooner cost more in loads than it won. The
-memory of pinned models, and memory that is not seen to be free, is never granted.
+takes free memory where it fits tightest; of workers that share it, the one with the fewest models. Where nothing is
+free, the cheapest set of held models that suffices is drained: idle ones first, by what it would cost to need them
+again (expected requests x load time) for the memory they give. A model in use gives way only to a queue that is about
+to wait for longer than W_max: in simulation (`bench/scheduler`) each rule by which it gave way sooner cost more in
+loads than it won. The memory of pinned models, and memory that is not seen to be free, is never granted.
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ class _Planner:
         places = list(self._places(model))
         fitting = [place for place in places if self._free[self._spot(*place)] >= model.bytes]
         if fitting:
-            self._ask(model, *min(fitting, key=lambda place: self._free[self._spot(*place)]))
+            leases = Counter(worker for worker, _ in self._pool.leases)
+            self._ask(model, *min(fitting, key=lambda place: (self._free[self._spot(*place)], leases[place.worker])))
         elif wish.may_evict and places:
             self._make_room(wish, sorted({self._spot(*place) for place in places}))
 
@@ -259,10 +260,17 @@ class _Planner:
                     yield name, worker
 
     def _places(self, model: Model) -> Iterator[Place]:
-        """The devices of those workers, for a model whose size is known."""
-        if model.bytes:
-            for name, worker in self._workers(model):
-                yield from (Place(name, device.id) for device in worker.devices_for(model.provider))
+        """The devices of those workers, for a model whose size is known.
+
+        A server holds a model once, whoever asks it to: one worker's unload would take it from another.
+        """
+        if not model.bytes:
+            return
+        held = {self._spot(lease.worker, lease.device) for lease in self._pool.of_model(model.id) if lease.holds}
+        for name, worker in self._workers(model):
+            for device in worker.devices_for(model.provider):
+                if not (device.shared and self._spot(name, device.id) in held):
+                    yield Place(name, device.id)
 
     def _ask(self, model: Model, worker: str, device: str) -> None:
         boot = self._pool.workers[worker].status.boot

@@ -419,6 +419,32 @@ def test_memory_of_one_server_is_granted_once_whoever_reaches_it() -> None:
     assert _granted(step(apart, _worker("w2", Device("card", 10, ["p"])), 0)) == [("w2", "two")]
 
 
+def test_workers_of_one_server_share_its_models_and_none_is_held_twice() -> None:
+    models = {name: Model(name, "p", "t", max_concurrency=1, bytes=2, preload=False) for name in ("one", "two")}
+    server = Device("server", 10, ["p"], shared=True)
+    pool = Pool(term=TERM, models=models)
+    for worker in ("w1", "w2"):
+        step(pool, _worker(worker, server), 0)
+    step(pool, messages.Arrived(Request("a", "t", "one", 0, 10**9)), 0)
+    step(pool, messages.Arrived(Request("b", "t", "two", 0, 10**9)), 0)
+    assert set(pool.leases) == {("w1", "one"), ("w2", "two")}
+    for request in "cdef":  # more than it has slots
+        step(pool, messages.Arrived(Request(request, "t", "one", 0, 10**9)), 0)
+    lease = pool.leases["w1", "one"]
+    lease.epoch = 5
+    placement.drain(lease, 0, "an operator")
+    for now in (1, 2):
+        step(pool, messages.Tick(), now)
+    assert set(pool.leases) == {("w1", "one"), ("w2", "two")}, "what w1 unloads would be gone for w2"
+    own = Pool(term=TERM, models=models)
+    for worker in ("w1", "w2"):
+        step(own, _worker(worker, Device("ram", 10, ["p"])), 0)
+    for request in "abc":
+        step(own, messages.Arrived(Request(request, "t", "one", 0, 10**9)), 0)
+    step(own, messages.Tick(), 1)
+    assert set(own.leases) == {("w1", "one"), ("w2", "one")}, "with memory of its own each may hold it"
+
+
 def test_only_a_providers_own_devices_hold_its_models() -> None:
     models = {"local": Model("local", "p", "t", bytes=6), "remote": Model("remote", "q", "t")}
     pool = Pool(term=TERM, models=models)
