@@ -14,7 +14,7 @@ from bench.scheduler import generators
 from bench.scheduler import speed as speed_module
 from bench.scheduler import sweep as sweep_module
 from bench.scheduler.policies import POLICIES, simulate
-from bench.scheduler.show import NO_MATPLOTLIB, draw, figures_table, speed_table, sweep_table
+from bench.scheduler.show import figures_table, speed_table, sweep_table
 from bench.scheduler.workload import WorkloadError, parse
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -83,6 +83,7 @@ def sweep(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rates, one seed: half a minute.")] = False,
     seed: Seed = 1,
     output: Annotated[Path, typer.Option(help="Directory for the JSON result.")] = RESULTS,
+    pictures: Annotated[Path | None, typer.Option(help="Directory for a picture of each workload, as SVG.")] = None,
 ) -> None:
     """Find the highest load that each policy bears, for every built-in workload."""
     _known(name or [])
@@ -93,11 +94,14 @@ def sweep(
         )
     console.print(sweep_table(report))
     path = save(report, report.kind, report.started, output)
-    pictures = draw(report, path)
-    for written in (path, *pictures):
-        console.print(f"written to {written}", highlight=False)
-    if not pictures:
-        console.print(NO_MATPLOTLIB, highlight=False)
+    written = [path]
+    if pictures is not None:
+        # Here, since matplotlib takes half a second to import and is there for developers only.
+        from bench.scheduler.pictures import draw
+
+        written += draw(report, pictures)
+    for one in written:
+        console.print(f"written to {one}", highlight=False)
 
 
 @app.command()

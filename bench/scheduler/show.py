@@ -1,19 +1,13 @@
-"""What a reader sees of figures and sweeps: tables, and curves as PNG."""
+"""What a reader sees of figures and sweeps: tables."""
 
 from __future__ import annotations
-
-import importlib
-import importlib.util
-from pathlib import Path
 
 from rich.table import Table
 
 from bench.scheduler.figures import Figures
 from bench.scheduler.policies import POLICIES
 from bench.scheduler.speed import Speed
-from bench.scheduler.sweep import TARGET, SweepReport, WorkloadSweep
-
-NO_MATPLOTLIB = "No PNGs: matplotlib is not installed; `.venv/bin/python -m uv pip install matplotlib` installs it."
+from bench.scheduler.sweep import TARGET, SweepReport
 
 
 def figures_table(run: Figures) -> Table:
@@ -58,24 +52,3 @@ def speed_table(speeds: list[Speed]) -> Table:
     for one in speeds:
         table.add_row(one.event, f"{one.steps:,}", f"{one.seconds / one.steps * 1e6:,.1f}", f"{one.rate:,.0f}")
     return table
-
-
-def draw(report: SweepReport, result: Path) -> list[Path]:
-    """A PNG for each workload beside the JSON result; none without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
-    return [_draw(one, result.with_name(f"{result.stem}-{one.workload}.png")) for one in report.sweeps]
-
-
-def _draw(sweep: WorkloadSweep, path: Path) -> Path:
-    importlib.import_module("matplotlib").use("Agg")
-    plots = importlib.import_module("matplotlib.pyplot")
-    figure, axes = plots.subplots(figsize=(7, 4))
-    for curve in sweep.curves:
-        axes.plot([p.rate for p in curve.points], [p.slo_attainment for p in curve.points], "o-", label=curve.policy)
-    axes.axhline(TARGET, color="grey", linestyle=":")
-    axes.set(xscale="log", ylim=(0, 1.02), xlabel="requests/s", ylabel="within SLO", title=sweep.about)
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plots.close(figure)
-    return path

@@ -14,8 +14,9 @@ from bench.scheduler.__main__ import app
 from bench.scheduler.engine import Device, Engine, Job, Replica
 from bench.scheduler.figures import Figures, jain
 from bench.scheduler.generators import SHAPES, generate
+from bench.scheduler.pictures import draw
 from bench.scheduler.policies import POLICIES, simulate
-from bench.scheduler.sweep import Point, SweepReport, capacity
+from bench.scheduler.sweep import Curve, Point, SweepReport, WorkloadSweep, capacity
 from bench.scheduler.workload import Arrival, DeviceSpec, Fault, ModelSpec, Workload, WorkloadError, parse
 
 OUTCOMES = {"finished", "rejected", "expired", "abandoned", "failed"}
@@ -224,7 +225,7 @@ def test_a_request_cut_short_is_not_within_its_slo() -> None:
 
 def test_capacity_is_where_the_curve_falls_through_the_target() -> None:
     def points(*values: float) -> list[Point]:
-        return [Point(2.0**at, value, 0, 0, 0, 0, 0, 1) for at, value in enumerate(values)]
+        return [Point(2.0**at, value, 0, 0, 0, 0, 0, 1, [value], [0]) for at, value in enumerate(values)]
 
     assert capacity(points(1.0, 0.95, 0.85)) == pytest.approx(2 * 2**0.5)
     assert capacity(points(0.8, 0.5)) is None
@@ -267,12 +268,14 @@ def test_the_command_line_writes_a_workload_and_runs_it(tmp_path: Path) -> None:
 
 
 def test_a_sweep_writes_the_curves_of_every_policy(tmp_path: Path) -> None:
-    ran = CliRunner().invoke(app, ["sweep", "--quick", "--workload", "bursts", "--output", str(tmp_path)])
+    ran = CliRunner().invoke(app, ["sweep", "--quick", "--workload", "bursts", "--output", str(tmp_path),
+                                    "--pictures", str(tmp_path / "pictures")])  # fmt: skip
     assert ran.exit_code == 0, ran.output
     (written,) = tmp_path.glob("scheduler-*.json")
     report = msgspec.json.decode(written.read_bytes(), type=SweepReport)
     (bursts,) = report.sweeps
     assert [curve.policy for curve in bursts.curves] == list(POLICIES)
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["scheduling-bursts.svg"]
     for curve in bursts.curves:
         assert curve.capacity is not None
         assert f"{curve.capacity:.3g}" in ran.output
@@ -286,3 +289,18 @@ def test_speed_counts_the_steps_of_a_long_queue(monkeypatch: pytest.MonkeyPatch)
     assert {one.event: one.steps for one in kinds}["Arrived"] == 40
     assert total.steps == sum(one.steps for one in kinds)
     assert total.rate > 0
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_pictures_hold_every_policy_and_the_target_and_are_the_same_each_time(tmp_path: Path) -> None:
+    points = [Point(rate, value, 0, 0, 0, 0, 0, 1, [value, value], [0, 0.1]) for rate, value in ((1, 0.95), (2, 0.7))]
+    sweeps = [WorkloadSweep("poisson", "about", [Curve(policy, 1.0, points) for policy in POLICIES])]
+    report = SweepReport(started="", quick=True, python="", seed=1, sweeps=sweeps)
+    (first,), (again,) = draw(report, tmp_path / "one"), draw(report, tmp_path / "two")
+    assert first.read_bytes() == again.read_bytes()
+    text = first.read_text()
+    for words in (*POLICIES, "target: 90%", "poisson: about", "offered load (requests/s)", "refused or expired"):
+        assert words in text
+    assert "dc:date" not in text
