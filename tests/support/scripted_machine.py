@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import itertools
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
@@ -164,6 +165,13 @@ class Node:
 
     async def look(self) -> None:
         await self.memory.look(self.providers, list(self.models.values()), self.held)
+
+    async def settle(self) -> None:
+        """Look until the providers have told what they were asked."""
+        await self.look()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        await self.look()
 
     async def load(self, name: str, device: str) -> None:
         """As `Worker._bring` does it. Raises `ProviderError`."""

@@ -46,16 +46,8 @@ async def node(machine: Machine, engines: Engines) -> Node:
     made = Node(machine, engines, settings=NO_RESERVE)
     made.add("big", engines, expects=8 * GIB, takes=7 * GIB)
     made.add("small", engines, expects=2 * GIB)
-    await settled(made)
+    await made.settle()
     return made
-
-
-async def settled(node: Node) -> None:
-    """Look until the providers have told what they were asked."""
-    await node.look()
-    for _ in range(20):
-        await asyncio.sleep(0)
-    await node.look()
 
 
 @contextlib.asynccontextmanager
@@ -208,7 +200,7 @@ async def test_memory_of_a_server_is_shared_and_named_after_its_provider(machine
     server.memory_bytes = 6 * GIB
     node = Node(machine, server)
     node.add("m", server, expects=3 * GIB, takes=2 * GIB + 1)
-    await settled(node)
+    await node.settle()
     assert node.memory.devices == [Device("ollama-box", 6 * GIB, ["ollama-box"], shared=True)]
     assert node.needs == {"m": 3 * GIB}
     await node.load("m", "ollama-box")
@@ -220,7 +212,7 @@ async def test_models_that_take_none_of_our_memory_need_none(machine: Machine) -
     elsewhere = Engines(machine, "remote", "none")
     node = Node(machine, elsewhere)
     node.add("m", elsewhere, expects=0)
-    await settled(node)
+    await node.settle()
     assert node.memory.devices == [] and node.needs == {} and not elsewhere.inspected
 
 
@@ -253,14 +245,14 @@ async def test_a_provider_that_cannot_tell_is_asked_again(machine: Machine, engi
     engines.trouble = ProviderError("the file is not there yet")
     await node.look()
     assert node.needs == {}, "it is being asked"
-    await settled(node)
+    await node.settle()
     assert node.needs == {"m": 1}, "it may be loaded, and the load says what is wrong"
     engines.trouble = None
-    await settled(node)
-    await settled(node)
+    await node.settle()
+    await node.settle()
     assert node.needs == {"m": 3 * GIB}
     asked = len(engines.inspected)
-    await settled(node)
+    await node.settle()
     assert len(engines.inspected) == asked
 
 
@@ -268,14 +260,14 @@ async def test_a_record_that_changes_is_looked_at_again(node: Node, engines: Eng
     assert len(engines.inspected) == 2
     node.models["big"] = msgspec.structs.replace(node.models["big"], context_length=32_768)
     engines.expects["big"] = 12 * GIB
-    await settled(node)
+    await node.settle()
     assert node.needs == {"big": 12 * GIB, "small": 2 * GIB}
     assert engines.inspected[2:] == [node.models["big"]]
     node.providers["local"] = (control.Provider(name="local", kind="llama_cpp", options={"batch_tokens": 64}), engines)
-    await settled(node)
+    await node.settle()
     assert len(engines.inspected) == 5
     del node.models["small"]
-    await settled(node)
+    await node.settle()
     assert node.needs == {"big": 12 * GIB}
 
 
