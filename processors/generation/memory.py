@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import structlog
 
-from headrace.errors import HeadraceError, ProviderError
+from headrace.errors import ProviderError
 from headrace.settings import Settings
 from processors.generation.devices import budget, evidence
 from processors.generation.devices.reader import Devices
 from processors.generation.devices.reading import Reading
 from processors.generation.devices.reading import held as held_on
+from processors.generation.needs import Needs, Quietly
 from processors.generation.providers.base import LoadedModel, Provider
 from schemas import control
 from schemas.events import Device, Need
 
 log = structlog.get_logger(__name__)
-T = TypeVar("T")
 
 MIB = 1024 * 1024
 RESERVE_SHARE = 0.05
@@ -32,11 +31,6 @@ BLIND_S = 30.0
 """After this long without any answer of the GPUs' driver the worker serves without them."""
 LOOK_AGAIN_S = 0.25
 """Between two looks for memory that is to become free."""
-INSPECT_TIMEOUT_S = 30.0
-INSPECT_AGAIN_S = 5.0
-"""Until a provider that could not tell of a model is asked again."""
-NOBODY_KNOWS = 1
-"""Bytes of a model that its provider cannot tell of: it may be loaded, and the load says what is wrong."""
 ESTIMATE_OVER = 1.3
 """An estimate is at most so many times what a model takes (`tests/contract/test_provider_facts.py`)."""
 
@@ -51,20 +45,6 @@ class Held:
     """Not the one of the present record, perhaps, when that was changed since."""
 
 
-@dataclass(slots=True)
-class _Known:
-    """A model's need, for as long as its record and its provider's stay the same."""
-
-    model: control.Model
-    provider: control.Provider
-    need: Need | None = None
-    """None while the provider is asked."""
-    again_at: float | None = None
-    """Loop time after which the provider is asked again; None when it has told, or is being asked."""
-    measured: int = 0
-    """Most bytes that any load of it took."""
-
-
 class Memory:
     """Follows the devices of one worker. `look` is called each second; what it found is there between two looks."""
 
@@ -75,9 +55,8 @@ class Memory:
         self._cap = _plain(settings.worker_memory)
         self._reserve = _plain(settings.worker_memory_reserve)
         self._steady: dict[str, budget.Steady] = {}
-        self._known: dict[str, _Known] = {}
-        self._asking: set[asyncio.Task[None]] = set()
-        self._troubles: set[str] = set()
+        self._needs = Needs()
+        self._quietly = Quietly()
         self._held: dict[str, Held] = {}
         self._seen: dict[str, LoadedModel] = {}
         """What providers told of those models."""
@@ -94,7 +73,7 @@ class Memory:
     @property
     def needs(self) -> list[Need]:
         """What the models of this worker's devices are expected to take, or were seen to; as far as it is known yet."""
-        return [known.need for known in self._known.values() if known.need is not None]
+        return self._needs.told
 
     def peak(self, model: str) -> int:
         """Most bytes that a held model was seen to take; 0 where nobody can tell."""
@@ -133,7 +112,7 @@ class Memory:
         self._measure()
         self.devices = [*self._machine(on_gpu, on_ram), *own]
         counted = {name for device in self.devices for name in device.providers}
-        self._inspect(providers, [model for model in models if model.provider in counted])
+        self._needs.follow(providers, [model for model in models if model.provider in counted], self._peaks)
 
     @property
     def ready(self) -> bool:
@@ -150,7 +129,8 @@ class Memory:
             return self._readings
 
     async def _ask_resident(self, provider: Provider) -> None:
-        told = await self._quietly(provider.resident(), f"provider {provider.name} does not tell what it holds")
+        trouble = f"provider {provider.name} does not tell what it holds"
+        told = await self._quietly(provider.resident(), trouble, PROVIDER_PATIENCE_S)
         if told is None:
             return
         loaded = {one.model: one for one in told}
@@ -207,57 +187,12 @@ class Memory:
         )
 
     def _needed(self, model: str) -> int:
-        known = self._known.get(model)
-        return self.peak(model) or (known.need.bytes if known is not None and known.need is not None else 0)
+        return self.peak(model) or self._needs.bytes_of(model)
 
     def _reserved(self, reading: Reading) -> int:
         if self._reserve is not None:
             return self._reserve
         return max(LEAST_RESERVE, int(reading.total * RESERVE_SHARE))
-
-    def _inspect(
-        self, providers: Mapping[str, tuple[control.Provider, Provider]], models: Collection[control.Model]
-    ) -> None:
-        """Keep what is known of these models, and ask beside for what is not."""
-        now = asyncio.get_running_loop().time()
-        fresh: dict[str, _Known] = {}
-        for model in models:
-            record, provider = providers[model.provider]
-            known = self._known.get(model.id)
-            if known is None or (known.model, known.provider) != (model, record):
-                known = _Known(model, record, again_at=now)
-            if known.again_at is not None and now >= known.again_at:
-                known.again_at = None
-                task = asyncio.create_task(self._ask_need(known, provider))
-                self._asking.add(task)
-                task.add_done_callback(self._asking.discard)
-            known.measured = max(known.measured, self.peak(model.id))
-            if known.need is not None and known.measured:
-                known.need.bytes = known.measured  # Better than any estimate, for the next load too.
-            fresh[model.id] = known
-        self._known = fresh
-
-    async def _ask_need(self, known: _Known, provider: Provider) -> None:
-        trouble = f"provider {known.provider.name} cannot tell of model {known.model.id}"
-        facts = await self._quietly(provider.inspect(known.model), trouble, INSPECT_TIMEOUT_S)
-        if facts is None:
-            known.need = Need(known.model.id, NOBODY_KNOWS)
-            known.again_at = asyncio.get_running_loop().time() + INSPECT_AGAIN_S
-        else:
-            known.need = Need(known.model.id, facts.bytes or NOBODY_KNOWS, facts.load_ms)
-
-    async def _quietly(self, asked: Awaitable[T], trouble: str, patience_s: float = PROVIDER_PATIENCE_S) -> T | None:
-        """What was asked, or None when it did not answer in time or has an error; that is logged once."""
-        try:
-            async with asyncio.timeout(patience_s):
-                told = await asked
-        except (HeadraceError, TimeoutError) as error:
-            if trouble not in self._troubles:
-                self._troubles.add(trouble)
-                log.warning("memory_unknown", trouble=trouble, error=str(error) or "no answer in time")
-            return None
-        self._troubles.discard(trouble)
-        return told
 
     # --- for loads and unloads --------------------------------------------------------------------------------
 

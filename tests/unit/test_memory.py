@@ -12,7 +12,7 @@ from pydantic import ByteSize
 
 from headrace.errors import ProviderError
 from headrace.settings import Settings
-from processors.generation import memory
+from processors.generation import memory, needs
 from processors.generation.memory import Held
 from schemas import control
 from schemas.events import Device
@@ -28,7 +28,7 @@ NO_RESERVE = Settings(worker_memory_reserve=ByteSize(0))
 @pytest.fixture(autouse=True)
 def _no_time_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "LOOK_AGAIN_S", 0.0)
-    monkeypatch.setattr(memory, "INSPECT_AGAIN_S", 0.0)
+    monkeypatch.setattr(needs, "INSPECT_AGAIN_S", 0.0)
 
 
 @pytest.fixture
