@@ -365,6 +365,8 @@ class Need(msgspec.Struct):
     model: str
     bytes: int
     load_ms: int = 0
+    measured: bool = False
+    """Whether `bytes` is the most that a load was seen to take there, and no estimate."""
 
 
 class WorkerStatus(msgspec.Struct, omit_defaults=True):

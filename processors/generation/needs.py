@@ -77,7 +77,7 @@ class Needs:
                 task.add_done_callback(self._asking.discard)
             known.measured = max(known.measured, peaks.get(model.id, 0))
             if known.need is not None and known.measured:
-                known.need.bytes = known.measured  # Better than any estimate, for the next load too.
+                known.need.bytes, known.need.measured = known.measured, True  # For the next load too.
             fresh[model.id] = known
         self._known = fresh
 

@@ -234,6 +234,7 @@ async def test_a_need_is_an_estimate_and_then_the_most_that_any_load_took(
     await node.unload("big")
     await node.look()
     assert (node.memory.peak("big"), node.needs["big"]) == (0, 9 * GIB), "kept for the next load"
+    assert [need.measured for need in node.memory.needs] == [True, False]
     await node.load("big", "gpu0")
     await node.look()
     assert (node.memory.peak("big"), node.needs["big"]) == (7 * GIB, 9 * GIB)
