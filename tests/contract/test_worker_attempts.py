@@ -15,7 +15,7 @@ from processors.generation.memory import Memory
 from processors.generation.providers.factory import make_provider
 from processors.generation.worker import Worker
 from schemas.control import Model, Provider
-from schemas.events import BodyRef, CancelCommand, GenerateCommand, LoadCommand, Routed, Status
+from schemas.events import BodyRef, CancelCommand, GenerateCommand, LoadCommand, Routed, Status, TermCommand
 from tests.support.chat import body, numbers
 from tests.support.recorder import Recorder
 from tests.support.waiting import until
@@ -94,3 +94,11 @@ async def test_a_cancel_that_names_no_attempt_ends_what_runs(worker: Worker, rec
     assert 2 < terminal.usage.completion_tokens < TOKENS
     [choice] = msgspec.json.decode(terminal.choices)
     assert numbers(choice["message"]["content"]) == list(range(terminal.usage.completion_tokens))
+
+
+async def test_a_worker_shows_the_newest_fence_of_its_term(worker: Worker) -> None:
+    shown = []
+    for term, fence in ((5, 0), (5, 2), (5, 1), (6, 0), (5, 9)):
+        await worker.obey(TermCommand(term, "default", fence))
+        shown.append((worker.status().term, worker.status().fence))
+    assert shown == [(5, 0), (5, 2), (5, 2), (6, 0), (6, 0)], "a scheduler that lost its pool is not listened to"
