@@ -1,11 +1,13 @@
 """Which model gets the memory of which device, and who has to give it back. Pure, as the policy that calls it.
 
-A model that takes none of our memory is held by every worker that serves it. Another one that is wanted and not held
-takes free memory where it fits tightest; of workers that share it, the one with the fewest models. Where nothing is
-free, the cheapest set of held models that suffices is drained: idle ones first, by what it would cost to need them
-again (expected requests x load time) for the memory they give. A model in use gives way only to a queue that is about
-to wait for longer than W_max: in simulation (`bench/scheduler`) each rule by which it gave way sooner cost more in
-loads than it won. The memory of pinned models, and memory that is not seen to be free, is never granted.
+A model that takes none of our memory is held by every worker that serves it. Others that are wanted and not held take
+turns by what a second of loading gains: requests that wait, times how long they have, over the load time. Each takes
+free memory where it fits tightest; of workers that share it, the one with the fewest models. Where nothing is free, the
+cheapest set of held models that suffices is drained: idle ones first, by what it would cost to need them again
+(expected requests x load time) for the memory they give, and not before the device has loaded what it loads now. A
+model in use gives way only to a queue that is about to wait for longer than W_max: in simulation (`bench/scheduler`)
+each rule by which it gave way sooner cost more in loads than it won. The memory of pinned models, and memory that is
+not seen to be free, is never granted.
 """
 
 from __future__ import annotations
@@ -37,11 +39,22 @@ class _Wish(NamedTuple):
     """A model that is wanted and that nobody holds."""
 
     model: Model
+    waiting: int
+    """Requests that wait for it."""
     waited_ms: int
     """How long its oldest request has waited."""
     may_evict: bool
     """Whether somebody waits for it or asked for it; one that is only to be there at hand takes free memory."""
     batch_only: bool
+
+    late: bool
+    """Whether half of W_max has passed, or will have when it is loaded: it is passed over for nobody else then."""
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, float, str]:
+        """Its place among wishes, the lowest being the first: late ones by their wait, others by what they gain."""
+        gain = self.waited_ms if self.late else self.waited_ms * self.waiting / max(1, self.model.load_ms)
+        return not self.may_evict, self.batch_only, not self.late, -gain, self.model.id
 
 
 # --- leases move ----------------------------------------------------------------------------------------------------
@@ -129,7 +142,7 @@ def place(pool: Pool, now_ms: int) -> list[Action]:
     for model in pool.models.values():
         if _at_hand(pool, model) or model.id in failed or pool.queues.get(model.id):
             planner.spread(model)
-    for wish in sorted(_wishes(pool, now_ms), key=lambda w: (not w.may_evict, w.batch_only, -w.waited_ms, w.model.id)):
+    for wish in sorted(_wishes(pool, now_ms), key=lambda wish: wish.rank):
         planner.grant(wish)
     for model in pool.models.values():
         if model.id in pool.queues and _short_of_slots(pool, model):
@@ -148,7 +161,8 @@ def _wishes(pool: Pool, now_ms: int) -> Iterator[_Wish]:
         oldest = pressing or (queue.oldest() if queue else None)
         waited = now_ms - oldest.waiting_ms if oldest is not None else 0
         may_evict = oldest is not None or model.id in pool.wanted
-        yield _Wish(model, waited, may_evict, pressing is None)
+        late = pressing is not None and 2 * (waited + model.load_ms) >= pool.limits.max_wait_ms
+        yield _Wish(model, len(queue or ()), waited, may_evict, pressing is None, late)
 
 
 def _at_hand(pool: Pool, model: Model) -> bool:
@@ -198,6 +212,10 @@ class _Planner:
         """Bytes that are on their way back."""
         self._active: dict[Place, list[Lease]] = {}
         """Leases that may have to give way."""
+        self._use: dict[tuple[str, str], int] = {}
+        """Of those, by worker and model: 0 for an idle one, 1 for one that only batch work uses, 2 for others."""
+        self._loading: set[Place] = set()
+        """Devices on which a model is being loaded."""
         self._shared: set[str] = set()
         for name, worker in pool.workers.items():
             for device in worker.status.devices:
@@ -209,8 +227,12 @@ class _Planner:
             self._free[spot] -= lease.holds
             if lease.state in (LeaseState.DRAINING, LeaseState.RELEASING):
                 self._leaving[spot] += lease.holds
+            elif lease.state in (LeaseState.REQUESTED, LeaseState.LOADING):
+                self._loading.add(spot)
             elif lease.state is LeaseState.ACTIVE and lease.bytes and not _pinned(pool, lease):
                 self._active.setdefault(spot, []).append(lease)
+                busy = _busy(pool, lease)
+                self._use[lease.worker, lease.model] = busy + (busy and not gives_way(pool, lease))
 
     def _spot(self, worker: str, device: str) -> Place:
         return Place("" if device in self._shared else worker, device)
@@ -221,7 +243,7 @@ class _Planner:
             missing = -free - self._leaving[spot]
             if missing <= 0 or not spot.device:
                 continue
-            idle = [lease for lease in self._active.get(spot, ()) if not _busy(self._pool, lease)]
+            idle = [lease for lease in self._active.get(spot, ()) if not self._in_use(lease)]
             for lease in sorted(idle, key=lambda lease: self._cost(lease) / lease.bytes):
                 if missing > 0:
                     missing -= lease.bytes
@@ -276,7 +298,9 @@ class _Planner:
         boot = self._pool.workers[worker].status.boot
         size = model.bytes if device else 0
         self._pool.leases[worker, model.id] = Lease(worker, boot, model.id, device, size, moved_ms=self._now)
-        self._free[self._spot(worker, device)] -= size
+        spot = self._spot(worker, device)
+        self._free[spot] -= size
+        self._loading.add(spot)
         self.actions.append(Grant(worker, boot, model.id, device, size))
 
     # --- making room ----------------------------------------------------------------------------------------------
@@ -287,7 +311,9 @@ class _Planner:
             if self._free[spot] + self._leaving[spot] >= wish.model.bytes:
                 self._free[spot] -= wish.model.bytes
                 return
-        options = [(spot, chosen) for spot in places if (chosen := self._victims(wish, spot)) is not None]
+        # Loads share the drive and the bus of a device: what made room now would be missed before the load begins.
+        idle = [spot for spot in places if wish.late or spot not in self._loading]
+        options = [(spot, chosen) for spot in idle if (chosen := self._victims(wish, spot)) is not None]
         if not options:
             return
         spot, victims = min(options, key=lambda option: (sum(map(self._cost, option[1])), option[0]))
@@ -324,14 +350,13 @@ class _Planner:
         return chosen
 
     def _may_take(self, wish: _Wish, lease: Lease) -> bool:
-        if _busy(self._pool, lease) and (wish.batch_only or not gives_way(self._pool, lease)):
+        if self._in_use(lease) > (0 if wish.batch_only else 1):
             return self._must_have(wish, lease)
         turn_ms = self._pool.limits.residency_loads * self._load_ms(lease)
         return self._now - lease.moved_ms >= turn_ms or self._must_have(wish, lease)
 
     def _in_use(self, lease: Lease) -> int:
-        """0 for an idle model, 1 for one that only batch work uses, 2 for others."""
-        return _busy(self._pool, lease) + (_busy(self._pool, lease) and not gives_way(self._pool, lease))
+        return self._use[lease.worker, lease.model]
 
     def _must_have(self, wish: _Wish, lease: Lease) -> bool:
         """Whether the queue would wait for longer than W_max if this lease was not drained now."""

@@ -304,6 +304,54 @@ def test_a_queue_has_its_model_within_the_longest_wait() -> None:
     assert at - asked <= limits.max_wait_ms
 
 
+def loads_of(machine: Machine) -> list[str]:
+    return [model for _, model in machine.loads]
+
+
+def waiting_for(limits: Limits, asked: list[tuple[str, int]], load_ms: int = 1_000) -> Machine:
+    """All memory is in use, and so many wait for each of other models, the first for 250 ms longer than the others."""
+    machine = Machine(10, [sized("used", 8), *(sized(model, 8, load_ms) for model, _ in asked)], limits)
+    machine.ask("u", "used")
+    machine.run(2_000)
+    for model, number in asked:
+        for at in range(number):
+            machine.ask(f"{model}{at}", model)
+        machine.run(250 if model == asked[0][0] else 0)
+    return machine
+
+
+def test_the_model_is_loaded_first_whose_load_gains_most() -> None:
+    machine = waiting_for(Limits(), [("one", 1), ("many", 4)])
+    machine.run(2_000)
+    machine.done("u")
+    machine.run(1_000)
+    assert loads_of(machine) == ["used", "many"], "four that waited a little less are worth more than one"
+
+
+def test_a_wait_of_half_the_longest_comes_before_any_gain() -> None:
+    machine = waiting_for(Limits(max_wait_ms=20_000), [("one", 1), ("many", 4)])
+    machine.run(9_000)
+    machine.done("u")
+    machine.run(1_000)
+    assert loads_of(machine) == ["used", "one"]
+
+
+@pytest.mark.parametrize(("max_wait_ms", "gone"), [(60_000, False), (10_000, True)], ids=["in time", "late"])
+def test_nothing_makes_room_while_its_device_loads_something_else(max_wait_ms: int, gone: bool) -> None:
+    models = [sized("idle", 5), sized("slow", 5, 5_000), sized("next", 5)]
+    machine = Machine(10, models, Limits(max_wait_ms=max_wait_ms))
+    machine.ask("i", "idle")
+    machine.run(2_000)
+    machine.done("i")
+    machine.ask("s", "slow")
+    machine.run(250)
+    machine.ask("n", "next")
+    machine.run(4_250)
+    assert ("idle" not in machine.held) is gone
+    machine.run(2_000)
+    assert machine.held == {"slow", "next"}
+
+
 def test_batch_work_takes_memory_from_nobody_who_works() -> None:
     machine = Machine(10, [sized("used", 8), sized("batch", 8)])
     machine.ask("u", "used")
