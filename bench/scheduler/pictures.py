@@ -93,7 +93,8 @@ def _line(axes: Axes, curve: Curve, values: Callable[[Point], Sequence[float]]) 
 
 def _scale(axes: Axes) -> None:
     axes.set(xscale="log", xlabel="offered load (requests/s)")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
