@@ -112,7 +112,8 @@ class Memory:
         self._measure()
         self.devices = [*self._machine(on_gpu, on_ram), *own]
         counted = {name for device in self.devices for name in device.providers}
-        self._needs.follow(providers, [model for model in models if model.provider in counted], self._peaks)
+        wanted = [model for model in models if model.provider in counted]
+        self._needs.follow(providers, wanted, self._held, self._peaks)
 
     @property
     def ready(self) -> bool:

@@ -60,11 +60,16 @@ class Needs:
         self,
         providers: Mapping[str, tuple[control.Provider, Provider]],
         models: Collection[control.Model],
+        held: Collection[str],
         peaks: Mapping[str, int],
     ) -> None:
-        """Keep what is known of these models, and ask beside for what is not. `peaks` is what loads took now."""
+        """Keep what is known of these models, and ask beside for what is not.
+
+        What is known of `held` models is kept too: one whose record was removed is to be unloaded yet. `peaks` is what
+        present loads took.
+        """
         now = asyncio.get_running_loop().time()
-        fresh: dict[str, _Known] = {}
+        fresh = {model: known for model, known in self._known.items() if model in held}
         for model in models:
             record, provider = providers[model.provider]
             known = self._known.get(model.id)

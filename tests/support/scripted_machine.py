@@ -156,6 +156,7 @@ class Node:
         }
         self.models: dict[str, Model] = {}
         self.held: dict[str, Held] = {}
+        self._loaded: dict[str, Model] = {}
 
     def add(self, name: str, provider: Engines, *, expects: int, takes: int | None = None) -> Model:
         """A model of a provider; it takes what is expected unless said otherwise."""
@@ -178,13 +179,13 @@ class Node:
         model = self.models[name]
         provider = self.providers[model.provider][1]
         await self.memory.check_room(name, device)
-        self.held[name] = Held(device, provider)
+        self.held[name], self._loaded[name] = Held(device, provider), model
         await self.memory.loaded(provider, device, await provider.load(model, device))
 
     async def unload(self, name: str) -> None:
         """As `Worker._give_back` does it."""
         held = self.held[name]
-        await self.memory.unload(self.models[name], held.provider, held.device)
+        await self.memory.unload(self._loaded[name], held.provider, held.device)
         del self.held[name]
 
     @property

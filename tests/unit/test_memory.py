@@ -348,7 +348,10 @@ async def test_free_memory_that_rises_is_evidence_where_the_process_was_never_li
     await node.load("big", "gpu0")
     await node.load("small", "gpu0")
     small = engines.pids["small"]
+    del node.models["small"]
+    await node.look()
     async with unloading(node, "small") as task:
+        assert not task.done(), "what a removed model needs is still known"
         del gpu.held[small]
         await asyncio.wait_for(task, 1)
 
