@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "batch_tokens": int,
         "chat_template": str,
         "embeddings": str,
+        "idle_timeout_s": float,
     },
     "transformers": {
         "model_dir": str,

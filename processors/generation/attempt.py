@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -58,7 +59,9 @@ class Attempt:
         writer: FrameWriter,
         outcomes: Outcomes,
         bodies: Bodies,
+        engine_again: Callable[[], Awaitable[bool]],
     ) -> None:
+        """`engine_again` says, once that is settled, whether the engine died since and the model has a new one."""
         self.command = command
         self._model = model
         self._provider = provider
@@ -66,6 +69,7 @@ class Attempt:
         self._writer = writer
         self._outcomes = outcomes
         self._bodies = bodies
+        self._engine_again = engine_again
         self._answer = _answer(command)
         self.answered = False
         """Whether the generation ended by itself: with an answer, or with `failure`."""
@@ -149,6 +153,16 @@ class Attempt:
         return body
 
     async def _generate(self, body: dict[str, Any]) -> None:
+        try:
+            await self._stream(body)
+        except ProviderError as failure:
+            # Once: a request that is itself what ends its engine must not go on doing so.
+            if self._answer.seq > self.command.after_seq or not await self._engine_again():
+                raise
+            self._log.info("generation_again", error=failure.message)
+            await self._stream(body)
+
+    async def _stream(self, body: dict[str, Any]) -> None:
         adapter = self.command.request.adapter
         if self.command.emitted:
             await self._continue(body)

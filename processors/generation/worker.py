@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from typing import Any
 
 import structlog
@@ -55,6 +55,8 @@ class _Held:
         self.provider = provider
         self.state = "loading"
         self.error = ""
+        self.revivals = 0
+        """How often its engine died and it was loaded again."""
         self.settled = asyncio.Event()
         """Set unless the model is being loaded."""
 
@@ -233,6 +235,7 @@ class Worker:
         attempt = Attempt(
             command, held.model, held.provider,
             worker=self.id, writer=self._writer, outcomes=self._outcomes, bodies=self._bodies,
+            engine_again=self._watch_engine(held, held.provider),
         )  # fmt: skip
         self._running[request_id] = attempt
         self._idle.clear()
@@ -259,14 +262,29 @@ class Worker:
             self._ended[request_id, attempt.command.attempt] = None
             while len(self._ended) > REMEMBERED:
                 self._ended.popitem(last=False)
+        await self._look_after(held, provider)
+
+    def _watch_engine(self, held: _Held, provider: Provider) -> Callable[[], Awaitable[bool]]:
+        """What tells an attempt whether the model's engine died after this call, and has a successor."""
+        before = held.revivals
+
+        async def again() -> bool:
+            await self._look_after(held, provider)
+            await held.settled.wait()
+            return held.revivals > before and held.state == "active"
+
+        return again
+
+    async def _look_after(self, held: _Held, provider: Provider) -> None:
+        """Load a model again, under the same lease, whose engine died."""
         with contextlib.suppress(HeadraceError):  # one that cannot be asked is for the breaker
             if await provider.on_dead(held.model):
                 self._revive(held, provider)
 
     def _revive(self, held: _Held, provider: Provider) -> None:
-        """The engine of a model died: load it again under the same lease."""
         if held.state == "active" and self._held.get(held.model.id) is held:
             log.error("engine_died", model=held.model.id, epoch=held.epoch)
+            held.revivals += 1
             held.state = "loading"
             held.settled.clear()
             self.changed.set()

@@ -116,9 +116,12 @@ async def attempted(backend: Backend, emitted: str, tokens: int, *, small: bool 
     def fail(error: BaseException) -> None:
         raise error
 
+    async def engine_again() -> bool:
+        return False
+
     attempt = Attempt(
         command, model, provider, worker="w", writer=FrameWriter(recorder, fail),
-        outcomes=Outcomes(recorder, "worker", "w"), bodies=Bodies(Cluster("nowhere")),
+        outcomes=Outcomes(recorder, "worker", "w"), bodies=Bodies(Cluster("nowhere")), engine_again=engine_again,
     )  # fmt: skip
     await attempt.run()
     return recorder

@@ -23,6 +23,7 @@ from processors.generation.providers.base import Choices, Done, Finish, Piece, T
 from schemas import control
 from schemas.events import Usage
 from tests.support.backends import ASK, Backend
+from tests.support.engines import freeze
 
 
 def text_of(pieces: list[Piece], index: int = 0) -> str:
@@ -229,6 +230,26 @@ async def test_a_killed_engine_is_an_error_and_the_next_load_works(backend: Back
     if backend.ours:
         assert await backend.provider.on_dead(backend.model)
     await backend.restart()
+    await backend.provider.load(backend.model)
+    assert not await backend.provider.on_dead(backend.model)
+    assert text_of(await backend.pieces())
+
+
+async def test_an_engine_that_hangs_is_killed_and_one_that_lives_is_not(backend: Backend) -> None:
+    if backend.kind != "llama_cpp":
+        pytest.skip("the engine is not ours")
+    await backend.provider.load(backend.model)
+    for hangs in (False, True):
+        stream = backend.provider.generate(backend.model, {"messages": ASK, "max_tokens": 400, "seed": 1})
+        await anext(stream)
+        engine = backend.engine()
+        assert engine is not None
+        if hangs:
+            assert not await backend.provider.on_dead(backend.model), "it may be slow, and nobody gave it up"
+            await freeze(engine)
+        await stream.aclose()
+        assert await backend.provider.on_dead(backend.model) is hangs
+        assert engine.is_running() is not hangs
     await backend.provider.load(backend.model)
     assert not await backend.provider.on_dead(backend.model)
     assert text_of(await backend.pieces())

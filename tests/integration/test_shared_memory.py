@@ -17,6 +17,7 @@ from headrace.control_client import command, control_client
 from processors.generation.providers.llama_cpp import LlamaCpp
 from schemas.control import App, Key, Model
 from tests.support.chat import Api
+from tests.support.engines import engines
 from tests.support.stacks import Stack, running_stack
 from tests.support.waiting import until
 
@@ -68,21 +69,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, upstream_url: str, need: int
         yield made
 
 
-def engines(stack: Stack) -> list[psutil.Process]:
-    found = []
-    for process in stack.process.tree():
-        try:
-            if "llama_child" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def held(stack: Stack) -> int:
     """Resident bytes of all engines now."""
     total = 0
-    for process in engines(stack):
+    for process in engines(stack.process.tree()):
         try:
             total += process.memory_info().rss
         except psutil.Error:

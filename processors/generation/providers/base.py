@@ -169,7 +169,7 @@ class Provider(abc.ABC):
         """One vector a text. Raises `ProviderError` or `UnsupportedParameter`."""
 
     async def on_dead(self, model: Model) -> bool:
-        """Whether a loaded model's engine has died since; the worker then reports it and loads it again."""
+        """Whether a loaded model's engine has died since, or hangs; the worker then says so and loads it again."""
         return False
 
     @abc.abstractmethod

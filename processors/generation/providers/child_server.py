@@ -33,6 +33,8 @@ PREFIX = "headrace-engine-"
 TAIL_LINES = 12
 LINE_LIMIT = 400
 LOAD_TIMEOUT_S = 600.0
+HEALTH_TIMEOUT_S = 5.0
+"""How long a child may take to say that it lives. Threads of their own say it: a long prefill does not delay them."""
 END_TIMEOUT_S = 10.0
 WAITING = {"OMP_WAIT_POLICY": "passive"}
 """The engine's threads sleep at their barriers instead of spinning. Spinning threads that share their cores with others
@@ -44,8 +46,11 @@ NO_GPU = "-1"
 class ChildServer:
     """One running child. Made by `start`; afterwards it is alive until `stop`, or until `exited` says otherwise."""
 
-    def __init__(self, process: asyncio.subprocess.Process, launch: ChildLaunch) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, launch: ChildLaunch, idle_timeout_s: float) -> None:
         self.launch = launch
+        self.doubted = False
+        """Whether an answer of it did not come to its end since it last said that it lives."""
+        self._idle_timeout_s = idle_timeout_s
         self._process = process
         self._measured = psutil.Process(process.pid)
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -60,10 +65,11 @@ class ChildServer:
         """LoRA adapters by name, each with the reason why it could not be loaded, or None."""
 
     @classmethod
-    async def start(cls, name: str, program: str, launch: ChildLaunch) -> ChildServer:
+    async def start(cls, name: str, program: str, launch: ChildLaunch, idle_timeout_s: float) -> ChildServer:
         """Start the module `program` with `launch` (its key, directory and parent are filled in).
 
-        Returns when it answers. Raises `ProviderError` with the end of its log when it cannot load the model.
+        Returns when it answers; an answer of it without a byte for `idle_timeout_s` seconds will have failed. Raises
+        `ProviderError` with the end of its log when it cannot load the model.
         """
         remove_orphans(Path(tempfile.gettempdir()))
         directory = tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-")
@@ -77,7 +83,7 @@ class ChildServer:
             stderr=asyncio.subprocess.PIPE,
             env=environment(os.environ, launch.device),
         )
-        server = cls(process, launch)
+        server = cls(process, launch, idle_timeout_s)
         try:
             await server._become_ready(name)
         except BaseException:
@@ -101,9 +107,11 @@ class ChildServer:
         if self.exited:
             return False
         try:
-            await self.root.call("GET", "/health")
-        except ProviderError:
+            async with asyncio.timeout(HEALTH_TIMEOUT_S):
+                await self.root.call("GET", "/health")
+        except (ProviderError, TimeoutError):
             return False
+        self.doubted = False
         return True
 
     async def wait_exited(self, timeout_s: float) -> bool:
@@ -130,15 +138,18 @@ class ChildServer:
         except psutil.Error:
             return 0
 
+    async def kill(self) -> None:
+        """End the child and reap it: its memory is free. Raises `ProviderError` when the system does not end it."""
+        if self.exited:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        if not await self.wait_exited(END_TIMEOUT_S):
+            raise ProviderError(f"engine process {self.pid} does not end: its memory is still in use")
+
     async def stop(self) -> None:
-        """Kill the child, reap it, and remove its directory."""
-        if not self.exited:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            try:
-                await asyncio.wait_for(self._process.wait(), END_TIMEOUT_S)
-            except TimeoutError as problem:
-                raise ProviderError(f"engine process {self.pid} does not end: its memory is still in use") from problem
+        """Kill the child, reap it, and remove its directory. Raises what `kill` raises."""
+        await self.kill()
         self._reader.cancel()
         for pool in (getattr(self, "pool", None), getattr(self, "root", None)):
             if pool is not None:
@@ -161,7 +172,10 @@ class ChildServer:
         where = line[6:].decode().strip()
         headers = {"Authorization": f"Bearer {self.launch.api_key}"}
         self.root = Pool(name, _endpoint(where), headers=headers, max_idle=2)
-        self.pool = Pool(name, _endpoint(where, "/v1"), headers=headers, max_idle=self.launch.slots)
+        self.pool = Pool(
+            name, _endpoint(where, "/v1"), headers=headers, idle_timeout_s=self._idle_timeout_s,
+            max_idle=self.launch.slots,
+        )  # fmt: skip
         props = msgspec.json.decode(await self.root.call("GET", "/props"), type=_Props)
         self.slot_context = props.default_generation_settings.n_ctx
         if self.slot_context < self.launch.context_length:

@@ -21,6 +21,7 @@ from processors.generation.providers.base import RAM, LoadedModel, Piece, Provid
 from processors.generation.providers.child import ChildLaunch
 from processors.generation.providers.child_server import ChildServer
 from processors.generation.providers.fanout import fan_out
+from processors.generation.providers.pool import IDLE_TIMEOUT_S
 from schemas.control import Model
 
 log = structlog.get_logger(__name__)
@@ -32,8 +33,10 @@ class ChildProvider(Provider):
     program: ClassVar[str]
     """Module that a child runs."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
+        """An answer without a byte for `idle_timeout_s` seconds has failed."""
         self.name = name
+        self._idle_timeout_s = idle_timeout_s
         self._servers: dict[str, tuple[ChildLaunch, ChildServer]] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -51,7 +54,7 @@ class ChildProvider(Provider):
 
     async def start(self, launch: ChildLaunch) -> ChildServer:
         """Start a child. Raises `ProviderError`; an adapter that cannot be loaded is only noted in the server."""
-        return await ChildServer.start(self.name, self.program, launch)
+        return await ChildServer.start(self.name, self.program, launch, self._idle_timeout_s)
 
     async def health(self) -> None:
         """Return when every running child answers. Raises `ProviderError`."""
@@ -107,15 +110,20 @@ class ChildProvider(Provider):
         where = f"model {model.id!r} of provider {self.name!r}"
         bodies = [parameters.for_choice(prepared, index) for index in range(choices)]
         streams = [chat.stream_chat(server.pool, where, chat.streamed(body, model.backend_tag)) for body in bodies]
+        whole = False
         try:
             async with contextlib.aclosing(streams[0] if choices == 1 else fan_out(streams)) as stream:
                 async for batch in stream:
                     yield batch
+            whole = True
         except ProviderError as problem:
             # Each model has an engine of its own: how one does says nothing of the others.
             if await server.wait_exited(0.5):
                 raise ProviderDeclined(f"the engine of model {model.id!r} died: {server.how_it_ended()}") from problem
             raise ProviderDeclined(problem.message, retry_after_s=problem.retry_after_s) from problem
+        finally:
+            # An answer that its caller left may have been left because nothing came.
+            server.doubted = server.doubted or not whole
 
     async def on_dead(self, model: Model) -> bool:
         """Whether the model's child has ended by itself."""

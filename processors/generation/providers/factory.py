@@ -16,13 +16,12 @@ from processors.generation.providers.llama_cpp import LlamaCpp
 from processors.generation.providers.llama_cpp import Options as LlamaOptions
 from processors.generation.providers.ollama import Ollama
 from processors.generation.providers.openai import OpenAICompatible
-from processors.generation.providers.pool import Pool
+from processors.generation.providers.pool import IDLE_TIMEOUT_S, Pool
 from processors.generation.providers.transformers import Options as TransformersOptions
 from processors.generation.providers.transformers import Transformers
 from schemas import control
 
 OLLAMA_URL = "http://127.0.0.1:11434"
-IDLE_TIMEOUT_S = 120.0
 
 Options = TypeVar("Options", LlamaOptions, TransformersOptions, "OllamaOptions", "OpenAIOptions")
 

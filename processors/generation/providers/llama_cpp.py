@@ -18,6 +18,7 @@ from processors.generation.providers.child_server import ChildServer
 from processors.generation.providers.children import ChildProvider, cores, says_true
 from processors.generation.providers.footprint import Engine
 from processors.generation.providers.llama_child import Launch
+from processors.generation.providers.pool import IDLE_TIMEOUT_S
 from schemas.control import Model
 
 BATCH_TOKENS = 32
@@ -39,6 +40,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """File with a Jinja chat template in place of the models' own."""
     embeddings: str | None = None
     """Serve embeddings too, pooled as named: `model` (as the file says), `mean`, `cls` or `last`."""
+    idle_timeout_s: float = IDLE_TIMEOUT_S
+    """Seconds without a byte after which an answer has failed; it must cover the longest prefill."""
 
 
 class LlamaCpp(ChildProvider):
@@ -48,8 +51,8 @@ class LlamaCpp(ChildProvider):
     can_continue = True
 
     def __init__(self, name: str, options: Options | None = None) -> None:
-        super().__init__(name)
         self._options = options or Options()
+        super().__init__(name, self._options.idle_timeout_s)
         self._sees_gpu: asyncio.Task[bool] | None = None
 
     async def health(self) -> None:
@@ -90,6 +93,20 @@ class LlamaCpp(ChildProvider):
         answer = await self.server(model).pool.call("POST", "/embeddings", body)
         vectors = msgspec.json.decode(answer, type=_Embeddings).data
         return [one.embedding for one in sorted(vectors, key=lambda one: one.index)]
+
+    async def on_dead(self, model: Model) -> bool:
+        """Whether the model's child has ended by itself, or hangs; one that hangs is killed.
+
+        It hangs when an answer of it did not come to its end, and its health got no answer either.
+        """
+        known = self._servers.get(model.id)
+        if known is None:
+            return False
+        server = known[1]
+        if not server.exited and server.doubted and not await server.answers():
+            await server.kill()
+        # Meanwhile another may have found the same, and have put a new child in its place.
+        return server.exited and self._servers.get(model.id) is known
 
     def launch(self, model: Model, device: str = "") -> Launch:
         """How a model's child is to run. Raises `ProviderError` when there is no such model."""

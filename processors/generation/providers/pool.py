@@ -24,6 +24,7 @@ ERROR_LIMIT_BYTES = 256 * 1024
 DRAIN_S = 1.0
 """How long a finished stream may take to end its HTTP message before the connection is dropped."""
 KEEP_ALIVE_S = 30.0
+IDLE_TIMEOUT_S = 120.0
 
 
 class Pool:
@@ -35,7 +36,7 @@ class Pool:
         endpoint: Endpoint,
         *,
         headers: Mapping[str, str] | None = None,
-        idle_timeout_s: float = 120.0,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
         connect_timeout_s: float = 5.0,
         max_idle: int = 512,
     ) -> None:
