@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+import time
 
 import pytest
 
@@ -25,6 +26,8 @@ STREAMS = 16
 TOKENS = 250
 INTERVAL_MS = 100.0
 CAP = 150
+MISSED_S = 10.0
+"""Seconds until every answer goes on: 3 until the worker is missed, the rest for busy machines."""
 STOPPED_S = 15.0
 """How long a worker is silent: it is missed after 3 s, and answers go on elsewhere for as long again."""
 
@@ -71,6 +74,7 @@ async def test_answers_go_on_elsewhere(pair: Stack, how: signal.Signals, seed: i
         await until(all_begun, "every answer has begun", 20)
         await asyncio.sleep(chance.uniform(0.5, 4.0))
         pair.signal("worker-1", how)
+        gone_s = time.time()
         if how == signal.SIGSTOP:
             try:
                 await asyncio.sleep(STOPPED_S)
@@ -140,8 +144,27 @@ async def test_answers_go_on_elsewhere(pair: Stack, how: signal.Signals, seed: i
     if how == signal.SIGSTOP:
         await until(lambda: spoke(pair, since, {one.request_id for one in went_on}), "the zombie has spoken", 30)
         assert await usage_rows(pair, list(rows)) == rows
-    note(part=f"answers of one of two workers {how.name}", continued=len(went_on), callers=STREAMS, worker=LOST)
+    missed_s = sorted(await missed(pair, [one.request_id for one in went_on]))
+    heard_s = sorted(one.began[2] for one in went_on)
+    assert gone_s < missed_s[0] and missed_s[-1] <= heard_s[-1] < gone_s + MISSED_S, (gone_s, missed_s, heard_s)
+    note(
+        part=f"answers of one of two workers {how.name}", continued=len(went_on), callers=STREAMS, worker=LOST,
+        missed_s=round(missed_s[-1] - gone_s, 2), first_heard_s=round(heard_s[0] - gone_s, 2),
+        last_heard_s=round(heard_s[-1] - gone_s, 2),
+    )  # fmt: skip
     await settled(pair)
+
+
+async def missed(stack: Stack, request_ids: list[str]) -> list[float]:
+    """When each of these attempts was taken for lost, in Unix seconds."""
+    wanted = ", ".join(f"'{one}'" for one in request_ids)
+    query = (
+        "SELECT toUnixTimestamp64Milli(at) AS at_ms FROM request_events"  # noqa: S608
+        f" WHERE stage = 'attempt_lost' AND request_id IN ({wanted})"
+    )
+    rows = await asyncio.to_thread(stack.rows, query)
+    assert len(rows) == len(request_ids)
+    return [number(row, "at_ms") / 1000 for row in rows]
 
 
 def finishes(one: Seen) -> list[str | None]:

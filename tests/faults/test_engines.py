@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import httpx
 import msgspec
 import psutil
 import pytest
@@ -88,14 +88,7 @@ async def ready(stack: Stack, api: Api) -> None:
     """Both models answer."""
     await stack.ready()
     for model in ("victim", "neighbour"):
-
-        async def answers(model: str = model) -> bool:
-            try:
-                return (await api.ask(body("Hi.", model=model, max_tokens=2))).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        await until(answers, f"{model} answers", 60)
+        await until(partial(api.answers, model), f"{model} answers", 60)
 
 
 def crowd(api: Api, chance: random.Random) -> list[asyncio.Task[Told]]:

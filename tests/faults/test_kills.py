@@ -11,7 +11,9 @@ import pytest
 from tests.faults.conftest import Note
 from tests.support.accounts import settled, usage_rows
 from tests.support.callers import INTERVAL_MS, RAMP_S, TOKENS, Crowd, Outcome
+from tests.support.chat import Api
 from tests.support.stacks import Stack
+from tests.support.waiting import until
 
 CROWD = 50
 LENGTH_S = RAMP_S + TOKENS * INTERVAL_MS / 1000
@@ -29,10 +31,15 @@ async def test_a_killed_role(victim: Stack, role: str, moments: int, seed: int, 
         began = time.monotonic()
         async with Crowd(victim, CROWD, chance) as crowd:
             await asyncio.sleep(at_s)
+            killed = time.monotonic()
             await victim.killed(f"{role}-1")
+            async with Api(victim) as api:
+                await until(api.answers, "a new request is answered", 60)
+            answering_s = time.monotonic() - killed
             found = await crowd.outcomes()
         note(
-            role=role, at_s=round(at_s, 3), seconds=round(time.monotonic() - began, 1), callers=len(found),
+            role=role, at_s=round(at_s, 3), seconds=round(time.monotonic() - began, 1),
+            new_request_answered_s=round(answering_s, 2), callers=len(found),
             exact=sum(one.done and one.tokens == one.expected for one in found),
             resumed=sum(one.resumed for one in found), repeated=sum(one.repeated for one in found),
         )  # fmt: skip

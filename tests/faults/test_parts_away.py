@@ -7,7 +7,6 @@ import random
 import signal
 import time
 
-import httpx
 import msgspec
 import psutil
 import pytest
@@ -29,21 +28,13 @@ from topics.clients import Producer
 CROWD = 20
 
 
-async def answers(api: Api) -> bool:
-    """Whether a chat request is answered now."""
-    try:
-        return (await api.ask(body(Spec(tokens=1, interval_ms=1)))).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 async def recovered(stack: Stack, within_s: float = 60) -> float:
     """Wait until both ingresses answer again; returns after how many seconds."""
     began = time.monotonic()
     await stack.ready(within_s)
     for index in range(len(stack.ingress_urls)):
         async with Api(stack, ingress=index) as api:
-            await until(lambda api=api: answers(api), f"ingress {index} answers", within_s)
+            await until(api.answers, f"ingress {index} answers", within_s)
     return round(time.monotonic() - began, 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -44,6 +45,8 @@ class Seen:
     chunks: list[dict[str, Any]] = field(default_factory=list)
     last_id: str | None = None
     """Id of the last event that has one: where to resume."""
+    began: dict[int, float] = field(default_factory=dict)
+    """Attempt -> when its first event came, in Unix seconds."""
     error: dict[str, Any] | None = None
     done: bool = False
     broken: bool = False
@@ -76,6 +79,7 @@ class Seen:
         """Take a line of the stream."""
         if line.startswith("id: "):
             self.last_id = line[4:]
+            self.began.setdefault(int(self.last_id.partition(":")[0]), time.time())
         elif line.startswith("data: "):
             assert not self.done, f"after [DONE]: {line}"
             if line == "data: [DONE]":
@@ -115,6 +119,13 @@ class Api:
         content = {"content-type": "application/json"}
         sent = {**self._headers, **content, **(headers or {})}
         return await self.client.post(self.url("/v1/chat/completions"), content=raw, headers=sent)
+
+    async def answers(self, model: str = "bench") -> bool:
+        """Whether a chat request is answered now."""
+        try:
+            return (await self.ask(body(Spec(tokens=1, interval_ms=1), model=model, max_tokens=2))).status_code == 200
+        except httpx.TransportError:
+            return False
 
     @asynccontextmanager
     async def open(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> AsyncIterator[Reader]:
