@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -88,13 +87,6 @@ async def test_models_that_share_a_tag_are_told_apart(backend: Backend) -> None:
     assert "twin" not in {one.model for one in await backend.provider.resident()}
     assert await backend.pieces(), "the other one still answers"
     assert not await backend.provider.on_dead(backend.model)
-
-
-async def test_resident_memory_is_cheap_to_ask_for(backend: Backend) -> None:
-    began = time.perf_counter()
-    for _ in range(20):
-        await backend.provider.resident()
-    assert (time.perf_counter() - began) / 20 < 0.05
 
 
 async def test_where_models_lie(backend: Backend) -> None:

@@ -67,7 +67,7 @@ async def test_a_rebuild_remembers_idempotent_requests_of_the_last_day(
     tenant, now = f"t-{uuid.uuid4().hex[:8]}", time.time_ns() // 1_000_000
     body = b'{"model":"m","messages":[]}'
     digest = hashlib.sha256(body).hexdigest()
-    keyed = Envelope(uuid.uuid4().hex, "/test", now, tenant, "k", 3, digest, 60.0, 30, "order-1")
+    keyed = Envelope(uuid.uuid4().hex, "/test", now, tenant, "k", 3, digest, 60.0, 30, idempotency_key="order-1")
     plain = msgspec.structs.replace(keyed, request_id=uuid.uuid4().hex, idempotency_key=None)
     async with Producer(infra.kafka, "test") as producer:
         for envelope in (keyed, plain):
@@ -91,7 +91,7 @@ async def test_a_rebuild_gets_past_bodies_that_are_larger_than_a_fetch(
 ) -> None:
     tenant, now = f"t-{uuid.uuid4().hex[:8]}", time.time_ns() // 1_000_000
     body = b"x" * (3 * FETCH_BYTES)
-    first = Envelope(uuid.uuid4().hex, "/test", now, tenant, "k", 3, "d" * 64, 60.0, 30, "order-1")
+    first = Envelope(uuid.uuid4().hex, "/test", now, tenant, "k", 3, "d" * 64, 60.0, 30, idempotency_key="order-1")
     sent = [first, *(msgspec.structs.replace(first, request_id=uuid.uuid4().hex) for _ in range(8))]
     async with Producer(infra.kafka, "test") as producer:
         for envelope in sent:

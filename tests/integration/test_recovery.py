@@ -87,13 +87,14 @@ async def lost(infra: Settings) -> AsyncIterator[Lost]:
     tails = Tails(
         infra.kafka,
         on_terminal=nothing,
+        on_opened=nothing,
         on_cancellation=nothing,
         on_heartbeat=nothing,
         on_term=nothing,
         on_wish=nothing,
     )
     since = {topic.name: await end_offsets(infra, topic) for topic in (LOG, REPLIES)}
-    await tails.start(now_ms())
+    await tails.start(now_ms(), wishes_since_ms=now_ms())
     reading = asyncio.create_task(tails.run())
     async with Producer(infra.kafka, "test") as producer:
         outcomes = Outcomes(producer, "scheduler", "test")

@@ -305,7 +305,9 @@ async def test_quarantined_bytes_are_granted_again_on_an_operators_word(
         assert await until(lambda: _lease(admin, "new", "active"), "the other model has the memory")
         assert "old" in worker.residents, "though the worker still shows the first"
     [row] = await until(
-        lambda: steered.rows("SELECT device, bytes, byte_seconds, reason FROM leases WHERE model = 'old'"),
+        lambda: steered.rows(
+            "SELECT device, bytes, byte_seconds, reason FROM leases WHERE model = 'old' AND state = 'free'"
+        ),
         "the lease is in ClickHouse",
     )
     assert (row["device"], row["bytes"]) == ("d0", 8 * GIB)
