@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 TIMEOUT_S = 2.0
+
+
+class Client(Redis):
+    """Redis, whose lost connections are `ConnectionError`s whatever the event loop makes of them."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        """As the library's. uvloop raises `RuntimeError` for a write to a transport that was closed meanwhile."""
+        try:
+            return await super().execute_command(*args, **options)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise RedisConnectionError(f"the connection was lost: {error}") from error
 
 
 def connect(url: str) -> Redis:
@@ -14,7 +28,7 @@ def connect(url: str) -> Redis:
 
     The library's own retries wait up to 10 s between tries, which would hide from callers that Redis is away.
     """
-    return Redis.from_url(
+    return Client.from_url(
         url,
         socket_timeout=TIMEOUT_S,
         socket_connect_timeout=TIMEOUT_S,

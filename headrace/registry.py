@@ -267,6 +267,6 @@ class Registry:
                         message = await channel.get_message(timeout=POLL_S)
                         if message is not None:
                             self._announced.set()
-            except (RedisError, OSError) as error:
+            except (RedisError, OSError, RuntimeError) as error:  # the last is uvloop's, of a closed transport
                 log.warning("registry_not_listening", error=repr(error))
                 await asyncio.sleep(POLL_S)
