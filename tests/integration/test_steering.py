@@ -252,7 +252,7 @@ async def test_weights_of_apps_are_in_force(steered: Stack) -> None:
 
     async with _client(steered, heavy) as one, _client(steered, steered.key) as other:
         # The first one holds the only slot until all others wait.
-        first = asyncio.create_task(ask_narrow(one, "first", Spec(tokens=160, interval_ms=50)))
+        first = asyncio.create_task(ask_narrow(one, "first", Spec(tokens=40, interval_ms=200)))
         await until(lambda: _running(other, 1, 0), "it runs")
         brief = Spec(tokens=20, interval_ms=1)
         rest = [asyncio.create_task(ask_narrow(*who, brief)) for who in ((one, "heavy"), (other, "light")) * 12]
