@@ -13,6 +13,7 @@ import structlog
 
 from headrace.errors import Unavailable
 from headrace.leases import LeaseBook
+from headrace.pools import STALE_S
 from headrace.settings import Settings
 from schemas.admin import DeviceView, LeaseView, ModelView, PriceView, ResidentView, WorkerView
 from schemas.control import Model
@@ -23,7 +24,7 @@ from topics.cluster import Cluster
 
 log = structlog.get_logger(__name__)
 
-STALE_MS = 5_000
+STALE_MS = int(STALE_S * 1000)
 """A pool whose scheduler was not heard for this long is unknown."""
 SILENT_MS = 3_000
 """A worker that was not heard for this long is lost, as its scheduler sees it too."""

@@ -10,6 +10,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from headrace.errors import Unavailable
+from ingress.lookup import CLOCK_SLACK_MS
 from ingress.replies import replay
 from ingress.services import Services
 from ingress.streams import Stream
@@ -23,8 +24,6 @@ REPLAY_AGAIN_S = 1.0
 """Until a replay that the brokers broke off is begun again."""
 LOST_AFTER_SILENCES = 3
 """Waits in vain, all that is kept having been read, after which what is still missing is taken for lost."""
-SLACK_MS = 5_000
-"""A replay begins this much before the time in the request's id: clocks of ingress and brokers differ."""
 
 _terminal = msgspec.json.Decoder(Terminal)
 
@@ -82,7 +81,7 @@ class Following:
 
     def replay(self) -> None:
         """Read the frames from the past of the partition that the request's id names."""
-        self._replay(self._public.reply_partition, self._public.created_ms - SLACK_MS)
+        self._replay(self._public.reply_partition, self._public.created_ms - CLOCK_SLACK_MS)
 
     async def join(self) -> None:
         """Take part in a request that was published before: give its result if it has one, else its frames."""
@@ -160,7 +159,7 @@ class Following:
             moved = msgspec.json.decode(self.stream.moved, type=Moved)
             self._since_ms = min(self._since_ms, moved.since_ms)
             if moved.partition is not None:
-                self._replay(moved.partition, moved.since_ms - SLACK_MS)
+                self._replay(moved.partition, moved.since_ms - CLOCK_SLACK_MS)
                 return
             self.stream.moved = None
             self._silences = 0
@@ -180,7 +179,7 @@ class Following:
             self._silences = 0
             self.stream.pending = []  # The replay brings them again.
             self.stream.view = StreamView(seq=self._seq)
-            self._replay(ended.reply_partition, self._public.created_ms - SLACK_MS)
+            self._replay(ended.reply_partition, self._public.created_ms - CLOCK_SLACK_MS)
         elif self._caught_up and self._silences >= LOST_AFTER_SILENCES and not self.stream.pending:
             self._log.error("frames_lost", seen=self._seq, last=ended.last_seq)
             path = f"/v1/requests/{self._public}"
