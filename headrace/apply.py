@@ -48,7 +48,9 @@ def plan(current: ControlPlane, config: Config, admin_key: str) -> list[ControlC
 
 def _admin_key(current: ControlPlane, admin_key: str) -> list[ControlCommand]:
     wanted = admin_record(admin_key, DEFAULT_APP)
-    commands = [] if current.keys.get(wanted.sha256) == wanted else [command(wanted, actor=ACTOR)]
+    known = current.keys.get(wanted.sha256)
+    same = known is not None and msgspec.structs.replace(wanted, created=known.created) == known
+    commands = [] if same else [command(wanted, actor=ACTOR)]
     for key in current.keys.values():
         if key.id.startswith(ADMIN_ID) and key.sha256 != wanted.sha256 and key.enabled:
             replaced = msgspec.structs.replace(key, enabled=False)

@@ -17,7 +17,7 @@ from headrace.errors import HeadraceError, Unavailable
 from headrace.projection import Projection
 from headrace.redis_client import connect
 from headrace.settings import Settings
-from schemas.control import RECORDS, App, ControlCommand, Key, Model, Provider
+from schemas.control import RECORDS, App, ControlCommand, Key, Model, Provider, Record, User
 from topics.catalogue import CONTROL_COMMANDS
 from topics.clients import Producer
 
@@ -39,10 +39,11 @@ class ControlPlane:
     providers: dict[str, Provider]
     models: dict[str, Model]
     apps: dict[str, App]
+    users: dict[str, User]
     keys: dict[str, Key]
 
 
-def command(record: Provider | Model | App | Key, *, actor: str, reason: str = "") -> ControlCommand:
+def command(record: Record, *, actor: str, reason: str = "") -> ControlCommand:
     """A command that puts a record into force."""
     match record:
         case Provider():
@@ -51,6 +52,8 @@ def command(record: Provider | Model | App | Key, *, actor: str, reason: str = "
             kind, key = "models", record.id
         case App():
             kind, key = "apps", record.id
+        case User():
+            kind, key = "users", record.id
         case Key():
             kind, key = "keys", record.sha256
     return _command(kind, key, msgspec.Raw(msgspec.json.encode(record)), actor, reason)
@@ -98,11 +101,13 @@ class ControlClient:
         providers = [msgspec.json.decode(value, type=Provider) for value in raw["providers"]]
         models = [msgspec.json.decode(value, type=Model) for value in raw["models"]]
         apps = [msgspec.json.decode(value, type=App) for value in raw["apps"]]
+        users = [msgspec.json.decode(value, type=User) for value in raw["users"]]
         keys = [msgspec.json.decode(value, type=Key) for value in raw["keys"]]
         return ControlPlane(
             providers={record.name: record for record in sorted(providers, key=lambda record: record.name)},
             models={record.id: record for record in sorted(models, key=lambda record: record.id)},
             apps={record.id: record for record in sorted(apps, key=lambda record: record.id)},
+            users={record.id: record for record in sorted(users, key=lambda record: record.email)},
             keys={record.sha256: record for record in sorted(keys, key=lambda record: (record.app, record.name))},
         )
 

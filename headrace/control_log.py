@@ -9,7 +9,8 @@ import structlog
 from aiokafka import TopicPartition
 
 from headrace.settings import Settings
-from schemas.control import RECORDS, App, Key, Model, Price, Provider
+from schemas import control
+from schemas.control import RECORDS, Price
 from topics.catalogue import CONTROL_RECORDS, Topic
 from topics.clients import LogReader
 from topics.cluster import Cluster
@@ -17,7 +18,7 @@ from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
-_TYPES: dict[str, type[Provider | Model | App | Key | Price]] = {**RECORDS, "prices": Price}
+_TYPES: dict[str, type[control.Record | Price]] = {**RECORDS, "prices": Price}
 
 
 class CommittedReader(LogReader):

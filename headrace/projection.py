@@ -1,8 +1,8 @@
 """The control plane in Redis, as it is written: generations of hashes, filled from Kafka and kept by source offset.
 
-Keys: `hr:gen` names the generation in force. Under it stand the hashes `hr:<n>:models|providers|apps|keys` (natural key
--> JSON record), `hr:<n>:key_ids` (id of an API key -> its natural key), `hr:<n>:offsets` (source topic -> next offset),
-the counter `hr:<n>:version` and `hr:<n>:complete`.
+Keys: `hr:gen` names the generation in force. Under it stand the hashes `hr:<n>:models|providers|apps|users|keys`
+(natural key -> JSON record), `hr:<n>:key_ids` (id of an API key -> its natural key), `hr:<n>:offsets` (source topic ->
+next offset), the counter `hr:<n>:version` and `hr:<n>:complete`.
 The marker holds the `run_id` of the server it was written to: a server that came back, empty or from an old snapshot,
 has another one, so that its content counts as incomplete until the control processor has compared it with Kafka.
 """
@@ -80,7 +80,7 @@ if old then
   end
   version = math.max(version, tonumber(redis.call('GET', 'hr:'..old..':version') or '0') + 1)
 end
-for _, part in ipairs({'models', 'providers', 'apps', 'keys', 'key_ids', 'offsets'}) do
+for _, part in ipairs({'models', 'providers', 'apps', 'users', 'keys', 'key_ids', 'offsets'}) do
   redis.call('PERSIST', base..part)
   if old and old ~= gen then redis.call('UNLINK', 'hr:'..old..':'..part) end
 end

@@ -1,4 +1,4 @@
-"""Records of the control plane: providers, models, prices, apps and keys, and the commands that change them."""
+"""Records of the control plane: providers, models, prices, apps, users and keys, and the commands that change them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ TASKS = {AUTO: CHAT} | {f"{AUTO}:{name}": name for name in (CODE, CHAT, LONG_CON
 """Names by which a caller leaves the choice of the model to the router -> the capability that it needs."""
 
 
+OWNER, ADMIN, MEMBER, VIEWER = "owner", "admin", "member", "viewer"
+ROLES = (OWNER, ADMIN, MEMBER, VIEWER)
+"""What a user or a key may do, from most to least: an owner names other owners and admins, an admin changes everything
+else, a member calls models and sees its own app's numbers, a viewer only sees them."""
+
+
 def is_reserved(name: str) -> bool:
     """Whether no model may have this name: it means a choice, now or in a later version."""
     return name == AUTO or name.startswith(f"{AUTO}:")
@@ -53,6 +59,24 @@ class Provider(msgspec.Struct, frozen=True, omit_defaults=True):
         return self.kind == "llama_cpp" or (self.kind == "openai" and self.options.get("continues") in CONTINUES)
 
 
+class Limited(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Limits of whoever asks for answers; None sets none."""
+
+    rate_limit_rpm: int | None = None
+    """Requests in any 60 seconds."""
+    rate_limit_tpm: int | None = None
+    """Tokens, of prompt and completion together, in any 60 seconds."""
+    concurrency_limit: int | None = None
+    """Requests that have no terminal yet."""
+
+
+class Budgeted(Limited, frozen=True, omit_defaults=True, kw_only=True):
+    """Limits of whoever pays."""
+
+    monthly_budget: Decimal | None = None
+    """Money for a calendar month (UTC), in the currency of the prices."""
+
+
 class Price(msgspec.Struct, frozen=True):
     """Money for a million tokens of one model, from a moment on."""
 
@@ -68,8 +92,8 @@ class Price(msgspec.Struct, frozen=True):
         return ((prompt - cached) * self.input + cached * self.cached + completion * self.output) / million
 
 
-class Model(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A model that callers may name, and how to get it from its provider."""
+class Model(Limited, frozen=True, omit_defaults=True):
+    """A model that callers may name, and how to get it from its provider; its limits are of all callers together."""
 
     id: str
     provider: str
@@ -113,7 +137,7 @@ class Model(msgspec.Struct, frozen=True, omit_defaults=True):
         return adapter if base in (self.id, *self.aliases) and adapter in self.adapters else ""
 
 
-class App(msgspec.Struct, frozen=True, omit_defaults=True):
+class App(Budgeted, frozen=True, omit_defaults=True):
     """A tenant: the unit of fairness, limits and billing."""
 
     id: str
@@ -122,21 +146,47 @@ class App(msgspec.Struct, frozen=True, omit_defaults=True):
     weight: float = 1.0
     """Its share where tenants wait for the same model: of two that always wait, one of weight 2 is served twice as
     many tokens as one of weight 1."""
+    publishers: dict[str, str] = {}
+    """Ed25519 public keys (32 bytes, base64) of systems that publish requests to Kafka for this app, by key id."""
+    created: int = 0
+    """Unix seconds of the record's first version."""
 
 
-class Key(msgspec.Struct, frozen=True, omit_defaults=True):
+class User(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Somebody who signs in."""
+
+    id: str
+    email: str
+    """In lower case; no two users have the same."""
+    role: str = MEMBER
+    """One of `ROLES`."""
+    name: str = ""
+    apps: tuple[str, ...] = ()
+    """The apps that a member or viewer belongs to; owners and admins see all."""
+    password_hash: str = ""
+    """Argon2id, in PHC's string format; empty for one who cannot sign in."""
+    enabled: bool = True
+    created: int = 0
+    """Unix seconds of the record's first version."""
+
+
+class Key(Budgeted, frozen=True, omit_defaults=True):
     """An API key; only the SHA-256 of its text is kept."""
 
     id: str
     sha256: str
     name: str
     app: str
-    role: str = "member"
-    """`admin` may see every tenant's requests and change the control plane."""
+    role: str = MEMBER
+    """One of `ROLES`; an `admin` may see every tenant's requests and change the control plane."""
     allowed_models: tuple[str, ...] = (ANY_MODEL,)
     enabled: bool = True
     expires_at: float | None = None
     """Unix seconds, or None for no expiry."""
+    owner_id: str = ""
+    """The user whose key it is; empty for one that belongs to its app alone."""
+    created: int = 0
+    """Unix seconds of the record's first version."""
 
     def may_use(self, model: Model) -> bool:
         """Whether it may have its requests served by a model, named, chosen or fallen back to."""
@@ -148,9 +198,9 @@ class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):
 
     id: str
     kind: str
-    """`providers`, `models`, `apps` or `keys`: the compacted topic `control.<kind>` that will hold the result."""
+    """One of `RECORDS`: the compacted topic `control.<kind>` that will hold the result."""
     key: str
-    """Natural key of the record: the provider's or model's name, the app's id, the API key's SHA-256."""
+    """Natural key of the record: the provider's or model's name, the app's or user's id, the API key's SHA-256."""
     value: msgspec.Raw | None
     """The record as JSON; None deletes it."""
     actor: str = ""
@@ -158,10 +208,13 @@ class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):
     at_ms: int = 0
 
 
-RECORDS: dict[str, type[Provider | Model | App | Key]] = {
+Record = Provider | Model | App | User | Key
+
+RECORDS: dict[str, type[Record]] = {
     "providers": Provider,
     "models": Model,
     "apps": App,
+    "users": User,
     "keys": Key,
 }
 """Type of the records of each kind."""

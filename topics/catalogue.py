@@ -195,6 +195,7 @@ CONTROL_PROVIDERS = Topic(
 )
 CONTROL_MODELS = Topic("control.models", 1, "id", "Models in force.", schema=control.Model, cleanup="compact")
 CONTROL_APPS = Topic("control.apps", 1, "id", "Apps (tenants) in force.", schema=control.App, cleanup="compact")
+CONTROL_USERS = Topic("control.users", 1, "id", "Users in force.", schema=control.User, cleanup="compact")
 CONTROL_KEYS = Topic("control.keys", 1, "sha256", "API keys in force.", schema=control.Key, cleanup="compact")
 CONTROL_PRICES = Topic(
     "control.prices",
@@ -216,7 +217,8 @@ DEAD_LETTERS = Topic(
 CATALOGUE: tuple[Topic, ...] = (
     REQUESTS, ROUTED, REPLIES, LOG, EVENTS, CANCELLATIONS, USAGE,
     POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS,
-    CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_KEYS, CONTROL_PRICES,
+    CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_USERS, CONTROL_KEYS,
+    CONTROL_PRICES,
     DEAD_LETTERS,
 )  # fmt: skip
 
@@ -238,6 +240,7 @@ CONTROL_RECORDS: dict[str, Topic] = {
     "providers": CONTROL_PROVIDERS,
     "models": CONTROL_MODELS,
     "apps": CONTROL_APPS,
+    "users": CONTROL_USERS,
     "keys": CONTROL_KEYS,
 }
 """The compacted topic of each kind of control record."""

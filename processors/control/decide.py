@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import msgspec
 
@@ -16,17 +19,24 @@ from schemas.control import (
     MAX_WEIGHT,
     MIN_WEIGHT,
     RECORDS,
+    ROLES,
     App,
+    Budgeted,
     ControlCommand,
     Key,
+    Limited,
     Model,
     Price,
     Provider,
+    Record,
+    User,
     is_reserved,
 )
 
 PROVIDER_KINDS = ("llama_cpp", "transformers", "ollama", "openai")
-ROLES = ("member", "admin")
+EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,189}")
+"""What may be an address; whether mail reaches it is not ours to say."""
+PUBLISHER_KEY_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +44,7 @@ class Write:
     """One record for a compacted topic; a `value` of None deletes the key."""
 
     kind: str
-    """`providers`, `models`, `apps`, `keys` or `prices`."""
+    """`providers`, `models`, `apps`, `users`, `keys` or `prices`."""
     key: str
     value: bytes | None
 
@@ -67,6 +77,7 @@ class ControlState:
     providers: dict[str, Provider] = field(default_factory=dict)
     models: dict[str, Model] = field(default_factory=dict)
     apps: dict[str, App] = field(default_factory=dict)
+    users: dict[str, User] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
     prices: dict[str, Price] = field(default_factory=dict)
     """The newest price that each model ever had, also of models that are gone."""
@@ -79,7 +90,7 @@ class ControlState:
                 if model not in self.prices or price.version > self.prices[model].version:
                     self.prices[model] = price
             return
-        held: dict[str, Provider | Model | App | Key] = getattr(self, write.kind)
+        held: dict[str, Record] = getattr(self, write.kind)
         if write.value is None:
             held.pop(write.key, None)
         else:
@@ -133,14 +144,27 @@ def decide(state: ControlState, command: ControlCommand, *, now_ms: int) -> Deci
                 return _put_model(state, command.key, record, now_ms)
             case App():
                 _check_app(command.key, record)
+                record = _born(record, state.apps.get(command.key), now_ms)
+            case User():
+                _check_user(state, command.key, record)
+                record = _born(record, state.users.get(command.key), now_ms)
             case Key():
                 _check_key(state, command.key, record)
+                record = _born(record, state.keys.get(command.key), now_ms)
     except _Refusal as refusal:
         return Refused(str(refusal))
-    held: dict[str, Provider | App | Key] = getattr(state, command.kind)
+    held: dict[str, Record] = getattr(state, command.kind)
     if held.get(command.key) == record:
         return Accepted(())
     return Accepted((Write(command.kind, command.key, msgspec.json.encode(record)),))
+
+
+Born = TypeVar("Born", App, User, Key)
+
+
+def _born(record: Born, before: Born | None, now_ms: int) -> Born:
+    """The record with the time of its first version, which no sender sets."""
+    return msgspec.structs.replace(record, created=before.created if before is not None else now_ms // 1000)
 
 
 def _check(holds: bool, reason: str) -> None:
@@ -154,6 +178,8 @@ def _delete(state: ControlState, kind: str, key: str) -> Decision:
         users = (f"model {model.id!r}" for model in state.models.values() if model.provider == key and model.enabled)
     elif kind == "apps":
         users = (f"key {held.name!r}" for held in state.keys.values() if held.app == key and held.enabled)
+    elif kind == "users":
+        users = (f"key {held.name!r}" for held in state.keys.values() if held.owner_id == key and held.enabled)
     user = next(iter(users), None)
     _check(user is None, f"{kind[:-1]} {key!r} is used by {user}; disable that first")
     return Accepted((Write(kind, key, None),) if key in getattr(state, kind) else ())
@@ -172,6 +198,37 @@ def _check_app(key: str, app: App) -> None:
     _check(app.id == key, f"app {key!r}: its id is {app.id!r}")
     bounds = f"app {key!r}: weight must be {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, not {app.weight:g}"
     _check(MIN_WEIGHT <= app.weight <= MAX_WEIGHT, bounds)
+    _check_limits(f"app {key!r}", app)
+    for name, text in app.publishers.items():
+        try:
+            raw = base64.b64decode(text, validate=True)
+        except binascii.Error:
+            raw = b""
+        whole = bool(name) and len(raw) == PUBLISHER_KEY_BYTES
+        _check(whole, f"app {key!r}: publisher {name!r} has no Ed25519 public key of 32 bytes in base64")
+
+
+def _check_user(state: ControlState, key: str, user: User) -> None:
+    who = f"user {key!r}"
+    _check(user.id == key, f"{who}: its id is {user.id!r}")
+    _check(EMAIL.fullmatch(user.email) is not None, f"{who}: {user.email!r} is no e-mail address")
+    _check(user.email == user.email.lower(), f"{who}: its e-mail address is not in lower case")
+    _check(user.role in ROLES, f"{who}: unknown role {user.role!r}; known are {', '.join(ROLES)}")
+    _check(
+        not user.password_hash or user.password_hash.startswith("$argon2id$"), f"{who}: its password is not argon2id"
+    )
+    unknown = [name for name in user.apps if name not in state.apps]
+    _check(not unknown or not user.enabled, f"{who}: there is no app {', '.join(map(repr, unknown))}")
+    taken = any(other.email == user.email for other in state.users.values() if other.id != key)
+    _check(not taken, f"{who}: another user has the e-mail address {user.email!r}")
+
+
+def _check_limits(who: str, limits: Limited) -> None:
+    for name in ("rate_limit_rpm", "rate_limit_tpm", "concurrency_limit"):
+        value = getattr(limits, name)
+        _check(value is None or value >= 0, f"{who}: {name} must not be negative")
+    if isinstance(limits, Budgeted) and (budget := limits.monthly_budget) is not None:
+        _check(budget.is_finite() and budget >= 0, f"{who}: monthly_budget is negative or no number")
 
 
 def _check_key(state: ControlState, key: str, record: Key) -> None:
@@ -179,6 +236,11 @@ def _check_key(state: ControlState, key: str, record: Key) -> None:
     _check(record.sha256 == key, f"key {record.name!r}: filed under another SHA-256 than its own")
     _check(len(key) == 64 and set(key) <= digits, f"key {record.name!r}: its SHA-256 is not 64 lower-case hex digits")
     _check(record.role in ROLES, f"key {record.name!r}: unknown role {record.role!r}; known are {', '.join(ROLES)}")
+    _check_limits(f"key {record.name!r}", record)
+    twin = next((held for held in state.keys.values() if held.id == record.id and held.sha256 != key), None)
+    _check(twin is None, f"key {record.name!r}: its id {record.id!r} is another key's")
+    owned = not record.owner_id or record.owner_id in state.users or not record.enabled
+    _check(owned, f"key {record.name!r}: there is no user {record.owner_id!r}")
     _check(record.app in state.apps or not record.enabled, f"key {record.name!r}: there is no app {record.app!r}")
     unknown = [name for name in record.allowed_models if name != ANY_MODEL and name not in state.models]
     _check(not unknown or not record.enabled, f"key {record.name!r}: there is no model {', '.join(map(repr, unknown))}")
@@ -217,6 +279,7 @@ def _check_model(state: ControlState, key: str, model: Model) -> None:
     )
     amounts = (model.price.input, model.price.output, model.price.cached)
     _check(all(amount.is_finite() and amount >= 0 for amount in amounts), f"{who}: a price is negative or no number")
+    _check_limits(who, model)
     unknown = [name for name in model.capabilities if name not in CAPABILITIES]
     _check(not unknown, f"{who}: unknown capability {', '.join(map(repr, unknown))}")
     # Whether its fallbacks are there is seen when one is needed: models come and go one by one.

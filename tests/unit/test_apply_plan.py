@@ -16,7 +16,9 @@ ADMIN = "hr-admin"
 
 def apply(state: ControlState, config: Config, admin_key: str = ADMIN) -> list[ControlCommand]:
     """Plan, and let every command through the processor's rules; none may be refused."""
-    plane = ControlPlane(dict(state.providers), dict(state.models), dict(state.apps), dict(state.keys))
+    plane = ControlPlane(
+        dict(state.providers), dict(state.models), dict(state.apps), dict(state.users), dict(state.keys)
+    )
     commands = plan(plane, config, admin_key)
     for command in commands:
         decision = decide(state, command, now_ms=1_000_000)
@@ -45,7 +47,8 @@ def test_the_first_apply_makes_all_and_the_second_does_nothing() -> None:
         ("providers", "local"),
         ("models", "smollm2"),
     ]
-    assert state.keys[sha256(ADMIN)] == admin_record(ADMIN, DEFAULT_APP)
+    filed = state.keys[sha256(ADMIN)]
+    assert filed == msgspec.structs.replace(admin_record(ADMIN, DEFAULT_APP), created=filed.created)
     assert state.keys[sha256(ADMIN)].role == "admin"
     assert apply(state, default_config()) == []
 

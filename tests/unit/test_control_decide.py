@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from decimal import Decimal
 
 import msgspec
 import pytest
 
 from processors.control.decide import Accepted, ControlState, Refused, Write, decide, decode_command
-from schemas.control import App, ControlCommand, Key, Model, Price, Provider
+from schemas.control import App, ControlCommand, Key, Model, Price, Provider, User
 
 NOW_MS = 1_700_000_000_000
 SHA = "ab" * 32
@@ -22,6 +23,7 @@ SMALL = Model(
     price=Price(0, input=Decimal("0.10"), output=Decimal("0.40"), cached=Decimal("0.10")),
 )
 KEY = Key(id="key-1", sha256=SHA, name="bob", app="default")
+USER = User(id="u1", email="bob@example.org", apps=("default",))
 
 
 def put(kind: str, key: str, record: object) -> ControlCommand:
@@ -156,6 +158,56 @@ def test_a_key_needs_an_app_known_models_and_its_own_digest(state: ControlState)
     assert "is used by key 'bob'" in refusal(state, delete("apps", "default"))
 
 
+def test_a_users_address_is_its_own_and_its_apps_are_there(state: ControlState) -> None:
+    take(state, put("users", "u1", USER))
+    for change, reason in (
+        ({"id": "u2"}, "another user has the e-mail address"),
+        ({"id": "u2", "email": "Ann@example.org"}, "not in lower case"),
+        ({"id": "u2", "email": "ann"}, "no e-mail address"),
+        ({"role": "root"}, "unknown role"),
+        ({"apps": ("gone",)}, "no app 'gone'"),
+        ({"password_hash": "$2b$12$abc"}, "not argon2id"),
+    ):
+        changed = msgspec.structs.replace(USER, **change)
+        assert reason in refusal(state, put("users", changed.id, changed))
+
+
+def test_a_user_who_has_keys_is_not_deleted(state: ControlState) -> None:
+    take(state, put("users", "u1", USER))
+    assert "no user 'u2'" in refusal(state, put("keys", SHA, msgspec.structs.replace(KEY, owner_id="u2")))
+    take(state, put("keys", SHA, msgspec.structs.replace(KEY, owner_id="u1")))
+    assert "is used by key 'bob'" in refusal(state, delete("users", "u1"))
+    take(state, put("keys", SHA, msgspec.structs.replace(KEY, owner_id="u1", enabled=False)))
+    assert take(state, delete("users", "u1")) == (Write("users", "u1", None),)
+
+
+def test_a_record_keeps_the_time_of_its_first_version(state: ControlState) -> None:
+    take(state, put("keys", SHA, KEY))
+    take(state, put("keys", SHA, msgspec.structs.replace(KEY, name="rob", created=7)), NOW_MS + 60_000)
+    assert (state.keys[SHA].name, state.keys[SHA].created) == ("rob", NOW_MS // 1000)
+
+
+@pytest.mark.parametrize("limit", ["rate_limit_rpm", "rate_limit_tpm", "concurrency_limit", "monthly_budget"])
+def test_a_limit_may_be_none_or_nothing_but_not_less(state: ControlState, limit: str) -> None:
+    for value in (None, Decimal(0) if limit == "monthly_budget" else 0):
+        take(state, put("keys", SHA, msgspec.structs.replace(KEY, **{limit: value})))
+    low = Decimal("-0.01") if limit == "monthly_budget" else -1
+    assert limit in refusal(state, put("keys", SHA, msgspec.structs.replace(KEY, **{limit: low})))
+    assert limit in refusal(state, put("apps", "a", App("a", "A", **{limit: low})))
+
+
+@pytest.mark.parametrize("text", ["", "AAAA", "no base64", "QUJD" * 11])
+def test_a_publisher_has_an_ed25519_key(state: ControlState, text: str) -> None:
+    assert "no Ed25519 public key" in refusal(state, put("apps", "a", App("a", "A", publishers={"p": text})))
+    take(state, put("apps", "a", App("a", "A", publishers={"p": base64.b64encode(bytes(32)).decode()})))
+
+
+def test_two_keys_have_not_one_id(state: ControlState) -> None:
+    take(state, put("keys", SHA, KEY))
+    other = msgspec.structs.replace(KEY, sha256="cd" * 32)
+    assert "is another key's" in refusal(state, put("keys", other.sha256, other))
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, 0.001, 101.0])
 def test_a_weight_that_starves_or_takes_all_is_refused(state: ControlState, weight: float) -> None:
     assert "weight must be 0.01 to 100" in refusal(state, put("apps", "a", App("a", "A", weight=weight)))
@@ -202,7 +254,7 @@ def test_a_record_of_the_wrong_shape_is_refused_with_the_field(state: ControlSta
     [
         (None, "no value"),
         (b"\xff", "malformed"),
-        (b'{"id":"c","kind":"users","key":"x","value":null}', "unknown kind 'users'"),
+        (b'{"id":"c","kind":"rooms","key":"x","value":null}', "unknown kind 'rooms'"),
         (b'{"id":"c","kind":"apps","key":"","value":null}', "no key"),
         (b'{"kind":"apps"}', "id"),
     ],
@@ -222,7 +274,7 @@ def test_a_command_survives_its_encoding(sent: ControlCommand) -> None:
 
 def test_the_state_of_all_records_is_the_state_that_made_them(state: ControlState) -> None:
     take(state, put("keys", SHA, KEY))
-    records: dict[str, dict[str, bytes]] = {kind: {} for kind in ("providers", "models", "apps", "keys")}
+    records: dict[str, dict[str, bytes]] = {kind: {} for kind in ("providers", "models", "apps", "users", "keys")}
     for kind, held in records.items():
         held.update({key: msgspec.json.encode(record) for key, record in getattr(state, kind).items()})
     records["prices"] = {
