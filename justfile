@@ -18,9 +18,9 @@ demo *ARGS: setup
 up *ARGS: setup
     @{{headrace}} up "$@"
 
-# All tests but `faults` with many moments: real Kafka, Valkey and ClickHouse engine
+# All tests but `faults` with many moments, in two processes (-n0: in one): real Kafka, Valkey and ClickHouse engine
 test *ARGS: setup
-    @{{python}} -m pytest "$@"
+    @{{python}} -m pytest -n 2 --dist loadgroup "$@"
 
 # Tests without I/O
 test-unit *ARGS: setup

@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from xdist.workermanage import WorkerController
 
 from clickhouse.migrate import migrate
 from headrace.settings import Settings
+from tests.support.backends import ran
 from tests.support.stacks import Stack, running_infra, running_stack, upstream
 from topics.apply import apply_all
 
@@ -24,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, and run the cheap ones first."""
+    """Mark tests by their folder, run the cheap ones first, and keep together what shares what is dear to start."""
     order = ("unit", "contract", "extras", "integration", "compat", "browser", "faults")
     root = Path(__file__).parent
 
@@ -33,7 +35,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         item.add_marker(folder(item))
+        if (group := _group(item, folder(item))) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: order.index(folder(item)) if folder(item) in order else len(order))
+
+
+def _group(item: pytest.Item, folder: str) -> str | None:
+    """Whom a test must share its process with when several run: None for nobody."""
+    if folder == "unit":
+        return None
+    if folder != "integration":
+        return folder
+    used = getattr(item, "fixturenames", ())
+    return next((shared for shared in ("stack", "infra") if shared in used), item.path.stem)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """One of several test processes hands on what the summary is to say."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["ollama"] = ran
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    """Take what a test process says for the summary."""
+    ran.extend(getattr(node, "workeroutput", {}).get("ollama", ()))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which Ollama server the provider suite ran against."""
+    for server in ran:
+        terminalreporter.write_line(f"ollama provider: ran against {server}")
 
 
 @pytest.fixture(scope="session")

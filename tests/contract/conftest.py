@@ -1,4 +1,4 @@
-"""What contract tests share: engines, a Valkey and a ClickHouse; and what the summary of a run says of them."""
+"""What contract tests share: engines, a Valkey and a ClickHouse."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from deploy.embedded.ports import PortBook
 from headrace.projection import Projection
 from headrace.redis_client import connect
 from headrace.settings import Settings
-from tests.support.backends import MAKERS, Backend, ran
+from tests.support.backends import MAKERS, Backend
 from tests.support.valkey import Valkey
 
 
@@ -55,12 +55,6 @@ async def redis(valkey: Valkey) -> AsyncIterator[Redis]:
 def projection(redis: Redis) -> Projection:
     """The projection over it."""
     return Projection(redis)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which Ollama server the provider suite ran against."""
-    for server in ran:
-        terminalreporter.write_line(f"ollama provider: ran against {server}")
 
 
 @pytest.fixture(scope="session")
