@@ -236,6 +236,18 @@ class LogReader:
         self.consumer.assign(assignment)
         return assignment
 
+    async def ends(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        """The ends of these partitions, of which none is read.
+
+        They are assigned for that: the client asks for the metadata of what it is assigned at once, and of other
+        topics one after the other, a tenth of a second each.
+        """
+        if self.consumer.assignment() != set(partitions):
+            self.consumer.assign(list(partitions))
+            self.consumer.pause(*partitions)
+        ends: dict[TopicPartition, int] = await self.consumer.end_offsets(list(partitions))
+        return ends
+
     def release(self) -> None:
         """Give the assignment up: an idle reader asks the brokers for nothing."""
         self.consumer.unsubscribe()

@@ -59,7 +59,7 @@ async def _leaderless(cluster: Cluster, wanted: dict[str, int]) -> list[str]:
     partitions = [TopicPartition(name, number) for name, count in wanted.items() for number in range(count)]
     try:
         async with LogReader(cluster, "headrace-ready") as reader, asyncio.timeout(SAY_AFTER_S):
-            await reader.consumer.end_offsets(partitions)
+            await reader.ends(partitions)
     except (KafkaError, OSError, TimeoutError) as error:
         return [f"leaders that act ({error!r})"]
     return []
