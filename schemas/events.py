@@ -500,6 +500,8 @@ class LiveRequest(msgspec.Struct, omit_defaults=True):
     worker: str = ""
     boot: str = ""
     epoch: int = 0
+    term: int = -1
+    """Of the scheduler that wrote this: what an earlier one still writes after it counts for nothing."""
 
 
 class DeadLetter(msgspec.Struct, omit_defaults=True):

@@ -67,6 +67,16 @@ class LeaseGranted:
 
 
 @dataclass(frozen=True, slots=True)
+class Heard:
+    """The shell has read every heartbeat there was when the pool was taken: all workers that may live are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogRead:
+    """The log was read to its end as it was at `ReadLog`; what had ended by then was told."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelsChanged:
     models: dict[str, Model]
 
@@ -118,6 +128,8 @@ Event = (
     | Superseded
     | WorkerSeen
     | LeaseGranted
+    | Heard
+    | LogRead
     | ModelsChanged
     | WeightsChanged
     | Wish
@@ -192,6 +204,21 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
+class Adopt:
+    """A request runs on a worker by the word of the scheduler before: to be remembered as if we had assigned it."""
+
+    request: Request
+    worker: str
+    boot: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReadLog:
+    """Read the log to its end as it is now, then say `LogRead`."""
+
+
+@dataclass(frozen=True, slots=True)
 class CancelRunning:
     request_id: str
     worker: str
@@ -223,4 +250,6 @@ class Recover:
     """Why, where its worker was not lost."""
 
 
-Action = SendTerm | Grant | Load | Unload | LeaseMoved | Enqueued | Assign | CancelRunning | End | Recover
+Action = (
+    SendTerm | Grant | Load | Unload | LeaseMoved | Enqueued | Assign | Adopt | ReadLog | CancelRunning | End | Recover
+)

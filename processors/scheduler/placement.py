@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from processors.scheduler.messages import Action, Grant, LeaseMoved, Unload
-from processors.scheduler.state import Lease, LeaseState, Pool, Worker
+from processors.scheduler.state import Lease, LeaseState, Pool, Taking, Worker
 from processors.scheduler.yielding import gives_way, yield_slots
 from schemas.control import Model
 
@@ -76,7 +76,7 @@ def drain(lease: Lease, now_ms: int, reason: str) -> list[Action]:
 
 def release_drained(lease: Lease, now_ms: int) -> list[Action]:
     """Give the memory back if the lease drains and nothing runs on it any more."""
-    if lease.state is not LeaseState.DRAINING or lease.running or lease.epoch is None:
+    if lease.state is not LeaseState.DRAINING or lease.used or lease.epoch is None:
         return []
     moved = move(lease, LeaseState.RELEASING, now_ms)
     return [Unload(lease.worker, lease.boot, lease.model, lease.epoch), *moved]
@@ -135,7 +135,9 @@ def can_ever_fit(pool: Pool, model: Model) -> bool:
 
 
 def place(pool: Pool, now_ms: int) -> list[Action]:
-    """Ask for leases on what is wanted, and drain what must give way."""
+    """Ask for leases on what is wanted, and drain what must give way; nothing before the pool is taken."""
+    if pool.taking is not Taking.TAKEN:
+        return []
     planner = _Planner(pool, now_ms)
     planner.relieve()
     failed = _failed_over(pool)
@@ -180,7 +182,7 @@ def _short_of_slots(pool: Pool, model: Model) -> bool:
     if not model.bytes:
         return False
     leases = [lease for lease in pool.of_model(model.id) if _will_serve(pool, lease)]
-    slots = sum(model.max_concurrency - len(lease.running) for lease in leases)
+    slots = sum(model.max_concurrency - lease.used for lease in leases)
     return bool(leases) and len(pool.queues[model.id]) > slots
 
 
@@ -191,7 +193,7 @@ def _will_serve(pool: Pool, lease: Lease) -> bool:
 
 
 def _busy(pool: Pool, lease: Lease) -> bool:
-    return bool(lease.running or pool.queues.get(lease.model))
+    return bool(lease.used or pool.queues.get(lease.model))
 
 
 def _pinned(pool: Pool, lease: Lease) -> bool:

@@ -12,6 +12,7 @@ from typing import assert_never
 from processors.scheduler import placement, wishes, yielding
 from processors.scheduler.messages import (
     Action,
+    Adopt,
     Arrived,
     Assign,
     AttemptReady,
@@ -21,11 +22,14 @@ from processors.scheduler.messages import (
     Enqueued,
     Event,
     Finished,
+    Heard,
     LeaseGranted,
     LeaseMoved,
     Load,
     LoadAsked,
+    LogRead,
     ModelsChanged,
+    ReadLog,
     Recover,
     ReleaseAsked,
     Restored,
@@ -36,9 +40,9 @@ from processors.scheduler.messages import (
     WeightsChanged,
     WorkerSeen,
 )
-from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running, Worker
+from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running, Stray, Taking, Worker
 from schemas.control import Model
-from schemas.events import Resident, Status, WorkerStatus
+from schemas.events import Resident, RunningAttempt, Status, WorkerStatus
 
 WORKER_TIMEOUT_MS = 3_000
 """A worker without a heartbeat for this long is lost."""
@@ -50,6 +54,9 @@ MAX_QUEUE = 10_000
 """Requests that may wait for one model; more are shed."""
 BROKEN_RETRY_S = 5
 """What a caller is told to wait for when the provider of its model fails."""
+STRAYS_MS = 10_000
+"""What a worker runs that nobody asked us for is left alone for this long after the pool was taken: its request may
+come again, since the scheduler before had not committed that it had read it."""
 MAX_ATTEMPTS = 3
 """Workers that may die under one request before it fails."""
 
@@ -73,6 +80,12 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return _worker_seen(pool, status, now_ms)
         case LeaseGranted(worker, model, epoch):
             return _granted(pool, worker, model, epoch, now_ms)
+        case Heard():
+            pool.taking = Taking.HEARING
+            return _hear(pool)
+        case LogRead():
+            pool.taking = Taking.TAKEN
+            return _serve(pool, now_ms)
         case ModelsChanged(models):
             pool.models = models
             return _serve(pool, now_ms)
@@ -92,6 +105,9 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
 
 def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     early = pool.early_cancels.pop(request.id, None)
+    if (stray := pool.strays.pop((request.id, request.attempt), None)) is not None:
+        adopted = _run_on(pool, request, stray, now_ms)
+        return adopted if early is None else adopted + _cancel(pool, request.id, early[1], now_ms)
     if early is not None:
         return [End(request, Status.CANCELLED, "cancelled", early[1])]
     if now_ms > request.late_ms:
@@ -123,6 +139,17 @@ def _enqueue(pool: Pool, request: Request, now_ms: int, *, first: bool = False) 
     pool.queue(request.model).add(request, first=first)
     heapq.heappush(pool.deadlines, (request.late_ms, request.id, request.model))
     return _dispatch(pool, request.model, now_ms)
+
+
+def _run_on(pool: Pool, request: Request, at: Stray, now_ms: int) -> list[Action]:
+    """A request that the scheduler before us had given to a worker, and did not come to write down that it had."""
+    pool.queue(request.model).charge_tokens(request, prompt=request.prompt_tokens)
+    pool.running[request.id] = Running(request, at.worker, at.boot, at.epoch, now_ms)
+    lease = pool.leases.get((at.worker, request.model))
+    if lease is not None and lease.boot == at.boot:
+        lease.strays.discard(request.id)
+        lease.running.add(request.id)
+    return [Adopt(request, at.worker, at.boot, at.epoch)]
 
 
 def _too_large(request: Request, model: Model) -> End:
@@ -236,8 +263,16 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     actions += _see_freed(pool, status)
     if first:
         actions += _reconcile(pool, status)
-    actions += _progress(pool, status)
-    return actions + _serve(pool, now_ms)
+    actions += _progress(pool, status, now_ms)
+    return actions + _hear(pool) + _serve(pool, now_ms)
+
+
+def _hear(pool: Pool) -> list[Action]:
+    """Go on with taking the pool once every worker that lives has shown the term."""
+    if pool.taking is not Taking.HEARING or not all(worker.trusted for worker in pool.workers.values()):
+        return []
+    pool.taking = Taking.READING
+    return [ReadLog()]
 
 
 def _is_trusted(pool: Pool, status: WorkerStatus) -> bool:
@@ -316,21 +351,54 @@ def _reconcile(pool: Pool, status: WorkerStatus) -> list[Action]:
     return [action for running in lost for action in _lose(pool, running)]
 
 
-def _progress(pool: Pool, status: WorkerStatus) -> list[Action]:
+def _progress(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     """Charge what was generated; end attempts that nobody waits for any more, since they hold slots."""
-    strays: list[Action] = []
+    actions: list[Action] = []
+    for lease in pool.leases.values():
+        if lease.worker == status.worker:
+            lease.strays.clear()
     for attempt in status.running:
         known = pool.running.get(attempt.request_id)
         if known is not None and known.request.attempt == attempt.attempt:
             known.goes_on = attempt.goes_on
             pool.queue(known.request.model).charge_tokens(known.request, completion=attempt.tokens)
         else:
-            reason = "The attempt was superseded."
-            # By its number: another attempt of it may be on its way to the same worker.
-            strays.append(
-                CancelRunning(attempt.request_id, status.worker, reason, Status.CANCELLED, attempt=attempt.attempt)
-            )
-    return strays
+            actions += _stray(pool, status, attempt, now_ms)
+    return actions
+
+
+def _stray(pool: Pool, status: WorkerStatus, attempt: RunningAttempt, now_ms: int) -> list[Action]:
+    """An attempt that we gave to nobody: it is superseded, or the scheduler before us gave it and did not say so."""
+    at = Stray(status.worker, status.boot, attempt.epoch)
+    if attempt.request_id not in pool.running and attempt.request_id not in pool.recovering:
+        for queue in pool.queues.values():
+            waiting = queue.get(attempt.request_id)
+            if waiting is not None and waiting.attempt == attempt.attempt:
+                queue.remove(waiting.id)
+                return _run_on(pool, waiting, at, now_ms)
+            if waiting is not None:
+                break
+        else:
+            if now_ms - pool.taken_ms < STRAYS_MS:
+                pool.strays[attempt.request_id, attempt.attempt] = at
+                for lease in _leases_at(pool, at):
+                    lease.strays.add(attempt.request_id)
+                return []
+    reason = "The attempt was superseded."
+    # By its number: another attempt of it may be on its way to the same worker.
+    return [CancelRunning(attempt.request_id, status.worker, reason, Status.CANCELLED, attempt=attempt.attempt)]
+
+
+def _leases_at(pool: Pool, at: Stray) -> list[Lease]:
+    place = (at.worker, at.boot, at.epoch)
+    return [lease for lease in pool.leases.values() if (lease.worker, lease.boot, lease.epoch) == place]
+
+
+def _forget_strays(pool: Pool) -> None:
+    """No request comes again any more; what still runs without one is ended when its worker shows it next."""
+    pool.strays.clear()
+    for lease in pool.leases.values():
+        lease.strays.clear()
 
 
 def _lose(pool: Pool, running: Running) -> list[Action]:
@@ -382,7 +450,9 @@ def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> li
 
 
 def _serve(pool: Pool, now_ms: int) -> list[Action]:
-    """Plan memory, then assign what waits."""
+    """Plan memory, then assign what waits; nothing before the pool is taken."""
+    if pool.taking is not Taking.TAKEN:
+        return []
     actions = [
         *wishes.settle(pool, now_ms), *placement.time_out(pool, now_ms), *placement.place(pool, now_ms),
     ]  # fmt: skip
@@ -396,7 +466,7 @@ def _serve(pool: Pool, now_ms: int) -> list[Action]:
 def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
     """Assign waiting requests of a model to the active leases with the most free slots."""
     queue = pool.queues.get(model_id)
-    if not queue:
+    if not queue or pool.taking is not Taking.TAKEN:
         return []
     model = pool.models.get(model_id)
     if model is None:
@@ -411,8 +481,8 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
     actions: list[Action] = []
     leases = [lease for lease in held if _takes_work(pool, lease)]
     while leases and queue:
-        lease = min(leases, key=lambda one: len(one.running))
-        free = model.max_concurrency - len(lease.running)
+        lease = min(leases, key=lambda one: one.used)
+        free = model.max_concurrency - lease.used
         # Batch work leaves a slot for those who do not plan ahead.
         if free <= 0 or (request := queue.take(idle=free > 1 or model.max_concurrency == 1)) is None:
             break
@@ -451,8 +521,8 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
             actions += _lose_boot(pool, worker)
             # Should it come back, what it was told and has not read comes first: it may load a model yet.
             pool.fences[name] = pool.fences.get(name, 0) + 1
-    for running in [r for r in pool.running.values() if r.worker not in pool.workers]:
-        # Restored from an earlier term, on a worker that never came back.
+    for running in [r for r in pool.running.values() if not _is_there(pool, r)]:
+        # Of an earlier term, on a worker that never came back.
         if now_ms - pool.taken_ms > WORKER_TIMEOUT_MS:
             actions += _lose(pool, running)
     while pool.deadlines and pool.deadlines[0][0] < now_ms:
@@ -465,7 +535,14 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
     for request_id, (since, _) in list(pool.early_cancels.items()):
         if now_ms - since > EARLY_CANCEL_MS:
             del pool.early_cancels[request_id]
-    return actions + _serve(pool, now_ms)
+    if now_ms - pool.taken_ms > STRAYS_MS:
+        _forget_strays(pool)
+    return actions + _hear(pool) + _serve(pool, now_ms)
+
+
+def _is_there(pool: Pool, running: Running) -> bool:
+    worker = pool.workers.get(running.worker)
+    return worker is not None and worker.status.boot == running.boot
 
 
 def _forgive_deaf_time(pool: Pool, now_ms: int) -> None:

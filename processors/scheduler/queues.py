@@ -46,6 +46,10 @@ class Queue:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
+    def get(self, request_id: str) -> Request | None:
+        """A request that waits here."""
+        return self._by_id.get(request_id)
+
     def add(self, request: Request, *, first: bool = False) -> None:
         """Let a request wait; `first` before all others of its tenant and priority."""
         tenant = request.tenant

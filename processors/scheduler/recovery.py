@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -46,13 +46,18 @@ class Recovery:
         outcomes: Outcomes,
         tails: Tails,
         provider_of: Callable[[str], Provider | None],
+        hold: Callable[[], Awaitable[None]],
     ) -> None:
-        """`provider_of` gives the provider of a model as the registry has it now."""
+        """`provider_of` gives the provider of a model as the registry has it now; `hold` raises when we may not write.
+
+        Reading takes a while, in which another scheduler may have taken the pool.
+        """
         self._cluster = cluster
         self._producer = producer
         self._outcomes = outcomes
         self._tails = tails
         self._provider_of = provider_of
+        self._hold = hold
 
     async def settle(self, lost: Sequence[tuple[Recover, Routed]]) -> list[Again]:
         """Settle what is lost; returns what may be assigned again.
@@ -72,6 +77,7 @@ class Recovery:
             wanted = {routed.request_id: fences[routed.request_id] for routed in requests}
             since = min(routed.accepted_ms for routed in requests)
             sent |= await sent_frames(self._cluster, partition, wanted, since)
+        await self._hold()
         again: list[Again] = []
         for action, routed in lost:
             if routed.request_id not in sent:
@@ -90,6 +96,7 @@ class Recovery:
 
     async def _open_attempts(self, lost: Sequence[tuple[Recover, Routed]]) -> dict[str, int]:
         """Open the next attempt of each, and read the log past the openings: who has a terminal by then is done."""
+        await self._hold()
         attempts: dict[str, int] = {}
         waits = []
         for action, routed in lost:
@@ -113,6 +120,7 @@ class Recovery:
 
     async def _fence(self, requests: Sequence[tuple[Routed, int]]) -> dict[str, int]:
         """Append each request's fence to its reply partition; returns the fences' offsets."""
+        await self._hold()
         waits = []
         for routed, attempt in requests:
             fence = frames.Delta(bytes.fromhex(routed.request_id), attempt, 0, frames.Kind.FENCE, 0, "")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -18,7 +19,7 @@ from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.scheduler import messages, policy, wishes
 from processors.scheduler.runner import Held, PoolRunner
-from processors.scheduler.state import Running
+from processors.scheduler.state import Running, Taking
 from processors.scheduler.tails import Ended, Tails
 from processors.scheduler.takeover import (
     forgotten,
@@ -29,6 +30,7 @@ from processors.scheduler.takeover import (
     restored,
     take_term,
 )
+from processors.scheduler.tenure import Deposed, Tenure, newest_terms
 from schemas.events import Cancellation, PoolCommand, Routed, Stage, WorkerStatus
 from schemas.ids import is_idempotent
 from topics import frames
@@ -72,7 +74,12 @@ class Scheduler:
         self._pools: dict[str, PoolRunner] = {}
         self._owned: set[int] = set()
         self._finished: dict[str, int] = {}
-        self._lock = asyncio.Lock()
+        self._taking = asyncio.Lock()
+        self._listens = asyncio.Event()
+        """Set once it is known where the tails begin: no pool is taken before."""
+        self._terms: dict[str, int] = {}
+        """Newest term of each pool, as far as it was read."""
+        self.tenure = Tenure(partial(newest_terms, settings.kafka), self._own_terms, now_ms)
         self._seen_version = -1
         self.tails = Tails(
             settings.kafka,
@@ -102,7 +109,8 @@ class Scheduler:
             except msgspec.MsgspecError as error:
                 waits.append(bury(self._producer, message, reason=str(error), role="scheduler"))
                 continue
-            runner = self._pools.get(routed.pool) or await self._take(routed.pool)
+            if (runner := await self._take(routed.pool)) is None:
+                raise RuntimeError(f"a rebalance took pool {routed.pool} while it was being taken")
             if routed.request_id in runner.held or routed.request_id in self._finished:
                 await self._duplicate(runner, routed)
             else:
@@ -146,53 +154,81 @@ class Scheduler:
     async def _lose(self, partitions: frozenset[int]) -> None:
         self._owned -= partitions
         for name in [name for name, runner in self._pools.items() if runner.partition in partitions]:
-            await self._pools.pop(name).stop()
-            log.info("pool_left", pool=name)
+            await self._leave(name)
 
     async def _known_pools(self) -> set[str]:
         await self._registry.wait_complete(timeout=60)
         return {model.pool for model in self._registry.snapshot.models.values()} | {self._settings.pool}
 
-    async def _take(self, name: str) -> PoolRunner:
-        async with self._lock:
-            if name in self._pools:
-                return self._pools[name]
-            runner = PoolRunner(self._settings, name, self._producer, self.tails)
-            runner.fail = self.agent.fail
-            async with LogReader(self._settings.kafka, "scheduler-takeover") as reader:
-                runner.state.term = await take_term(self._producer, name, self._settings.instance)
-                runner.state.taken_ms = NOT_YET_MS
-                live = await read_live(reader, [runner.partition])
-                # What was assigned comes first: workers may be heard from while what waits is read.
-                mine = sorted(
-                    (request for request in live.requests if request.pool == name), key=lambda one: one.worker == ""
-                )
-                routed = await read_routed(reader, mine)
-                runner.remember(await read_wishes(reader, name, now_ms()))
-            self._finished |= live.finished
-            await self._follow_models(runner)
-            self._pools[name] = runner
-            for request in mine:
-                if self.tails.view.decided(request.request_id):
-                    runner.bury_live(request.request_id)
-                    continue
-                if (record := routed.get(request.request_id)) is None:
-                    log.error("routed_record_gone", request_id=request.request_id, offset=request.routed_offset)
-                    await self._outcomes.end(forgotten(request))
-                    runner.bury_live(request.request_id)
-                    continue
-                await self._restore(
-                    runner, request.worker != "", record, request.routed_offset, restored(request, record)
-                )
-            for status in list(self._heartbeats.values()):
-                if status.pool == name and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
-                    await runner.heard(status)
-            # From here on a worker that was not heard is missed.
-            runner.state.taken_ms = now_ms()
-            await self._obey_wishes(runner)
-            runner.spawn(runner.end_orphans(self._seen_ms))
-            log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
+    def _own_terms(self) -> dict[str, int]:
+        return {name: runner.state.term for name, runner in self._pools.items()}
+
+    async def _take(self, name: str) -> PoolRunner | None:
+        """The pool's runner, once it knows what lives; None when a rebalance took it meanwhile. Raises `Deposed`."""
+        if not self._taking.locked() and name in self._pools:
+            return self._pools[name]
+        async with self._taking:
+            if (runner := self._pools.get(name)) is None:
+                runner = await self._take_now(name)
             return runner
+
+    async def _take_now(self, name: str) -> PoolRunner | None:
+        await self._listens.wait()
+        if ROUTED.partition_of(name) not in self._owned:
+            return None
+        runner = PoolRunner(self._settings, name, self._producer, self.tails, self.tenure.hold)
+        runner.fail = self.agent.fail
+        runner.state.taking = Taking.WAITING
+        async with LogReader(self._settings.kafka, "scheduler-takeover") as reader:
+            asked_ms = now_ms()
+            runner.state.term = await take_term(self._producer, name, self._settings.instance)
+            self.tenure.sure(asked_ms)
+            runner.state.taken_ms = NOT_YET_MS
+            live = await read_live(reader, [runner.partition])
+            # What was assigned comes first: workers may be heard from while what waits is read.
+            mine = sorted(
+                (request for request in live.requests if request.pool == name), key=lambda one: one.worker == ""
+            )
+            routed = await read_routed(reader, mine)
+            runner.remember(await read_wishes(reader, name, now_ms()))
+        self._finished |= live.finished
+        await self._follow_models(runner)
+        self._pools[name] = runner
+        for request in mine:
+            if self.tails.view.decided(request.request_id):
+                runner.bury_live(request.request_id)
+                continue
+            if (record := routed.get(request.request_id)) is None:
+                log.error("routed_record_gone", request_id=request.request_id, offset=request.routed_offset)
+                await self._outcomes.end(forgotten(request))
+                runner.bury_live(request.request_id)
+                continue
+            await self._restore(runner, request.worker != "", record, request.routed_offset, restored(request, record))
+        await self.tails.caught_up()
+        if self._pools.get(name) is not runner or runner.partition not in self._owned:
+            self._pools.pop(name, None)
+            await runner.stop()
+            return None
+        if self._terms[name] > runner.state.term:
+            raise Deposed(name, self._terms[name])
+        for status in list(self._heartbeats.values()):
+            if status.pool == name and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
+                await runner.heard(status)
+        # From here on a worker that was not heard is missed.
+        runner.state.taken_ms = now_ms()
+        await runner.feed(messages.Heard())
+        runner.spawn(self._then_obey(runner))
+        runner.spawn(runner.end_orphans(self._seen_ms))
+        log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
+        return runner
+
+    async def _then_obey(self, runner: PoolRunner) -> None:
+        await runner.taken.wait()
+        await self._obey_wishes(runner)
+
+    async def _leave(self, name: str) -> None:
+        await self._pools.pop(name).stop()
+        log.info("pool_left", pool=name)
 
     async def _restore(self, runner: PoolRunner, assigned: bool, routed: Routed, offset: int, running: Running) -> None:
         if assigned:
@@ -202,6 +238,13 @@ class Scheduler:
             await runner.feed(messages.Superseded(routed.request_id, opened))
         else:
             await asyncio.gather(*await runner.arrive(routed, offset))
+
+    async def listen(self) -> None:
+        """Find where to begin, then hear what others say, for ever. The group is joined meanwhile."""
+        oldest, now = await oldest_live_ms(self._settings.kafka), now_ms()
+        await self.tails.start(min(now - MAX_AGE_MS, oldest or now), wishes_since_ms=now - wishes.LIFE_MS)
+        self._listens.set()
+        await self.tails.run()
 
     # --- what others say --------------------------------------------------------------------------------------
 
@@ -226,20 +269,23 @@ class Scheduler:
         self._heartbeats[status.worker] = status
         self._seen_ms[status.worker, status.boot] = status.at_ms
         runner = self._pools.get(status.pool)
-        if runner is not None and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
+        if runner is None or runner.state.taking is Taking.WAITING:
+            return  # it hears all of them once it knows what lives
+        if now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
             await runner.heard(status)
 
     async def _on_term(self, pool: str, term: int) -> None:
+        self._terms[pool] = term
         runner = self._pools.get(pool)
         if runner is not None and term > runner.state.term:
-            raise RuntimeError(f"pool {pool} was taken by another scheduler under term {term}")
+            raise Deposed(pool, term)
 
     async def _on_wish(self, command: PoolCommand, offset: int, at_ms: int) -> None:
         self._wishes.append(_Asked(command, offset, at_ms))
         while now_ms() - self._wishes[0].at_ms > wishes.LIFE_MS and len(self._wishes) > 1:
             self._wishes.popleft()
         runner = self._pools.get(command.pool)
-        if runner is not None:
+        if runner is not None and runner.taken.is_set():
             await self._obey_wishes(runner)
 
     async def _obey_wishes(self, runner: PoolRunner) -> None:
@@ -269,9 +315,10 @@ class Scheduler:
                     await self._registry_changed()
                     self._seen_version = version
             if loop.time() - published >= STATUS_EVERY_S:
-                published = loop.time()
+                published, asked_ms = loop.time(), now_ms()
                 for runner in list(self._pools.values()):
                     await runner.publish_status()
+                    self.tenure.sure(asked_ms)
                 self._forget()
 
     async def _registry_changed(self) -> None:
@@ -297,10 +344,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
         scheduler = Scheduler(settings, producer, registry)
-        oldest = await oldest_live_ms(settings.kafka)
-        now = now_ms()
-        await scheduler.tails.start(min(now - MAX_AGE_MS, oldest or now), wishes_since_ms=now - wishes.LIFE_MS)
-        beside = [asyncio.create_task(scheduler.tails.run()), asyncio.create_task(scheduler.tick())]
+        beside = [asyncio.create_task(scheduler.listen()), asyncio.create_task(scheduler.tick())]
         for task in beside:
             task.add_done_callback(lambda done: None if done.cancelled() else scheduler.agent.fail(_error(done)))
         try:

@@ -74,7 +74,15 @@ class Held:
 class PoolRunner:
     """Owns one pool for one term. Every policy step and the posting of its actions happen under one lock."""
 
-    def __init__(self, settings: Settings, name: str, producer: Producer, tails: Tails) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        producer: Producer,
+        tails: Tails,
+        hold: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`hold` raises `Deposed` when another scheduler may not be kept from deciding any more (`tenure`)."""
         self.name = name
         self.partition = ROUTED.partition_of(name)
         """Of `inference.routed`, and the same number of `scheduler.live`."""
@@ -83,10 +91,14 @@ class PoolRunner:
         self.providers: dict[str, Provider] = {}
         """By name, also those that are gone."""
         self.fail: Callable[[BaseException], None] = lambda error: None
+        self.taken = asyncio.Event()
+        """Set once the pool is wholly taken."""
         self._cluster = settings.kafka
         self._producer = producer
         self._outcomes = Outcomes(producer, "scheduler", settings.instance)
-        self._recovery = Recovery(settings.kafka, producer, self._outcomes, tails, self._provider_of)
+        self._tails = tails
+        self._hold = hold
+        self._recovery = Recovery(settings.kafka, producer, self._outcomes, tails, self._provider_of, hold)
         self._declared: dict[str, Model] = {}
         """The models as the registry has them."""
         self._sizes = Sizes()
@@ -104,7 +116,11 @@ class PoolRunner:
     async def post(self, event: Event) -> list[Awaitable[object]]:
         """Step the policy and post its actions; the awaitables resolve when they are durable."""
         async with self._lock:
-            return await self._carry_out(policy.step(self.state, event, now_ms()))
+            return await self._step(event)
+
+    async def _step(self, event: Event) -> list[Awaitable[object]]:
+        await self._hold()
+        return await self._carry_out(policy.step(self.state, event, now_ms()))
 
     async def arrive(self, routed: Routed, offset: int) -> list[Awaitable[object]]:
         """Take a routed request; the awaitables resolve when its place is durable."""
@@ -132,7 +148,7 @@ class PoolRunner:
             if self.held.pop(ended.request_id, None) is None:
                 return False
             self.bury_live(ended.request_id)
-            waits = await self._carry_out(policy.step(self.state, event, now_ms()))
+            waits = await self._step(event)
         await asyncio.gather(*waits)
         return True
 
@@ -158,6 +174,7 @@ class PoolRunner:
                 "wish", pool=self.name, wish=command.id, kind=command.kind, model=command.model, worker=command.worker,
                 actor=command.actor, reason=command.reason,
             )  # fmt: skip
+            await self._hold()
             actions = policy.step(self.state, wishes.of(command, asked_ms), now_ms())
             await self.publish_status()
             waits = await self._carry_out(actions)
@@ -194,6 +211,12 @@ class PoolRunner:
             match action:
                 case messages.Assign(request, worker, boot, epoch):
                     waits += await self._assign(request, worker, boot, epoch)
+                case messages.Adopt(request, worker, boot, epoch):
+                    log.info("attempt_adopted", request_id=request.id, attempt=request.attempt, worker=worker)
+                    waits.append(await self._post_live(request, worker=worker, boot=boot, epoch=epoch))
+                    self._drop_body(self.held[request.id])
+                case messages.ReadLog():
+                    self.spawn(self._read_log())
                 case messages.Enqueued(request):
                     waits.append(await self._post_live(request))
                     self._outcomes.event(request.id, request.tenant, Stage.QUEUED, attempt=request.attempt)
@@ -232,15 +255,19 @@ class PoolRunner:
             await self._command(worker, command),
             await self._post_live(request, worker=worker, boot=boot, epoch=epoch),
         ]
-        if held.routed.body:
-            # A later attempt reads the body from `inference.requests`; thousands of running ones are not kept here.
-            held.routed = msgspec.structs.replace(held.routed, body=NOTHING)
+        self._drop_body(held)
         metrics.QUEUE_SECONDS.observe((at - request.arrived_ms) / 1000)
         detail: dict[str, str | int | float | bool] = {"worker": worker, "model": request.model}
         self._outcomes.event(
             request.id, request.tenant, Stage.ASSIGNED, at_ms=at, attempt=request.attempt, epoch=epoch, detail=detail
         )
         return waits
+
+    @staticmethod
+    def _drop_body(held: Held) -> None:
+        if held.routed.body:
+            # A later attempt reads the body from `inference.requests`; thousands of running ones are not kept here.
+            held.routed = msgspec.structs.replace(held.routed, body=NOTHING)
 
     async def _post_live(
         self, request: Request, *, worker: str = "", boot: str = "", epoch: int = 0
@@ -260,6 +287,7 @@ class PoolRunner:
             worker=worker,
             boot=boot,
             epoch=epoch,
+            term=self.state.term,
         )
         return await self._producer.post(LIVE.name, msgspec.json.encode(live), key=request.id, partition=self.partition)
 
@@ -268,7 +296,14 @@ class PoolRunner:
         error = ErrorInfo(status, end.code, end.message, retry_after_s=end.retry_after_s if status == 503 else None)
         await self._outcomes.end(terminal_of(held.routed, end.request.attempt, end.status, error, sent=held.sent))
 
+    async def _read_log(self) -> None:
+        await self._tails.caught_up()
+        await self.feed(messages.LogRead())
+        log.info("pool_serves", pool=self.name, term=self.state.term)
+        self.taken.set()
+
     async def _grant(self, grant: messages.Grant) -> None:
+        await self._hold()
         granted = LeaseEvent(
             f"{grant.worker}:{grant.model}", self.name, self.state.term, grant.worker, grant.model, "granted", now_ms(),
             boot=grant.boot, bytes=grant.bytes, device=grant.device,

@@ -71,6 +71,8 @@ class Lease:
     """None until the grant is durable."""
     state: LeaseState = LeaseState.REQUESTED
     running: set[str] = field(default_factory=set)
+    strays: set[str] = field(default_factory=set)
+    """Requests that its worker shows on it and that we did not give to it."""
     moved_ms: int = 0
     """When it came into its state."""
     used_ms: int = 0
@@ -88,6 +90,11 @@ class Lease:
     def holds(self) -> int:
         """Bytes that nobody else may be granted."""
         return 0 if self.state is LeaseState.FAILED else self.bytes
+
+    @property
+    def used(self) -> int:
+        """Slots that are not free."""
+        return len(self.running) + len(self.strays)
 
     @property
     def coming(self) -> bool:
@@ -110,6 +117,15 @@ class Running:
     """Whether another attempt could go on from what this one has generated, as its worker last told."""
     yielding: bool = False
     """Whether it gives its slot to others: it keeps it until its next attempt may begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """An attempt that a worker runs, and that the scheduler knows nothing of: the one before gave it."""
+
+    worker: str
+    boot: str
+    epoch: int
 
 
 @dataclass(slots=True)
@@ -145,13 +161,32 @@ class Limits:
     """An idle model keeps its memory for at least this many of its load times; 0 bore the most load in simulation."""
 
 
+class Taking(StrEnum):
+    """How far a scheduler is with taking a pool. Until it has, nothing is assigned, loaded or unloaded.
+
+    The scheduler before may have given requests to workers that nothing says but the workers themselves, or the log
+    when those have ended.
+    """
+
+    WAITING = "waiting"
+    """What it owns is being read."""
+    HEARING = "hearing"
+    """Not every worker that lives has shown the term yet: there may be commands under way to it."""
+    READING = "reading"
+    """All have, and the log is being read to where it was then."""
+    TAKEN = "taken"
+
+
 @dataclass(slots=True)
 class Pool:
     """The whole state of a pool's scheduler."""
 
     term: int
+    taking: Taking = Taking.TAKEN
     taken_ms: int = 0
     """When this scheduler took the pool."""
+    strays: dict[tuple[str, int], Stray] = field(default_factory=dict)
+    """(request, attempt) -> where it runs, of requests that did not come again yet since the pool was taken."""
     ticked_ms: int = 0
     """When it was last told the time."""
     models: dict[str, Model] = field(default_factory=dict)

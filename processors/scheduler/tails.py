@@ -59,6 +59,8 @@ class Tails:
         on_wish: Callable[[PoolCommand, int, int], Awaitable[None]],
     ) -> None:
         self._reader = LogReader(cluster, "scheduler-tails", max_wait_ms=1000)
+        self._asker = LogReader(cluster, "scheduler-ends")
+        """Asks for ends: on the connection of the tails a question waits for the fetch before it."""
         self._on_terminal = on_terminal
         self._on_opened = on_opened
         self._on_cancellation = on_cancellation
@@ -75,7 +77,7 @@ class Tails:
 
         Heartbeats and terms are read from their beginning.
         """
-        await self._reader.start()
+        await asyncio.gather(self._reader.start(), self._asker.start())
         assignment = self._reader.assign([LOG, CANCELLATIONS, POOL_COMMANDS, WORKER_STATUS, POOL_TERMS])
         dated = [tp for tp in assignment if tp.topic in (LOG.name, CANCELLATIONS.name)]
         await self._reader.seek_to_time(dated, since_ms)
@@ -85,10 +87,11 @@ class Tails:
         await self._reader.consumer.seek_to_beginning(*whole)
         for tp in assignment:
             self._position[tp] = await self._reader.consumer.position(tp)
+        await self._asker.ends(assignment)  # It knows the brokers by the time that somebody waits for its answer.
 
     async def stop(self) -> None:
         """Close."""
-        await self._reader.stop()
+        await asyncio.gather(self._reader.stop(), self._asker.stop())
 
     async def run(self) -> None:
         """Read for ever. Raises what a handler raises."""
@@ -111,10 +114,9 @@ class Tails:
                 lambda: all(self._position.get(tp, 0) >= offset for tp, offset in positions.items())
             )
 
-    async def ends(self) -> dict[TopicPartition, int]:
-        """The ends of all partitions now: positions for `reached`."""
-        ends: dict[TopicPartition, int] = await self._reader.consumer.end_offsets(list(self._position))
-        return ends
+    async def caught_up(self) -> None:
+        """Return when all has been read that there is now. Raises `KafkaError` when no broker answers."""
+        await self.reached(await self._asker.ends(list(self._position)))
 
     async def _one(self, record: Record) -> None:
         if record.value is None:

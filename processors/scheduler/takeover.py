@@ -17,6 +17,7 @@ from topics.catalogue import LIVE, POOL_STATUS, POOL_TERMS, ROUTED
 from topics.clients import LogReader, Producer
 from topics.cluster import Cluster
 from topics.outcomes import now_ms
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
@@ -47,12 +48,27 @@ async def take_term(producer: Producer, pool: str, instance: str) -> int:
 
 async def read_live(reader: LogReader, partitions: Iterable[int]) -> LiveSet:
     """Read partitions of `scheduler.live` whole."""
-    last: dict[str, LiveRequest | int] = {}
     assignment = reader.assign([LIVE], partitions)
     await reader.consumer.seek_to_beginning(*assignment)
-    async for record in reader.read_to_end(assignment):
-        if record.key is not None:
-            last[record.key.decode()] = _live.decode(record.value) if record.value is not None else record.timestamp
+    return live_of([record async for record in reader.read_to_end(assignment)])
+
+
+def live_of(records: Iterable[Record]) -> LiveSet:
+    """What records of `scheduler.live` say, in the order of their offsets.
+
+    A scheduler that had lost its pool may have had records under way: they come late, with an earlier term.
+    """
+    last: dict[str, LiveRequest | int] = {}
+    for record in records:
+        if record.key is None:
+            continue
+        request_id = record.key.decode()
+        if record.value is None:
+            last[request_id] = record.timestamp
+            continue
+        written, known = _live.decode(record.value), last.get(request_id)
+        if not isinstance(known, LiveRequest) or written.term >= known.term:
+            last[request_id] = written
     found = LiveSet()
     for request_id, live in last.items():
         if isinstance(live, int):

@@ -98,7 +98,7 @@ async def lost(infra: Settings) -> AsyncIterator[Lost]:
     reading = asyncio.create_task(tails.run())
     async with Producer(infra.kafka, "test") as producer:
         outcomes = Outcomes(producer, "scheduler", "test")
-        yield Lost(infra, producer, Recovery(infra.kafka, producer, outcomes, tails, PROVIDERS.get), since)
+        yield Lost(infra, producer, Recovery(infra.kafka, producer, outcomes, tails, PROVIDERS.get, nothing), since)
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
     await tails.stop()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from processors.scheduler import messages, policy, wishes
 from processors.scheduler.messages import Action, Event
-from processors.scheduler.state import LeaseState, Limits, Pool, Request, Running
+from processors.scheduler.state import LeaseState, Limits, Pool, Request, Running, Taking
 from schemas.control import Model
 from schemas.events import Device, Priority, Resident, RunningAttempt, Status, WorkerStatus
 
@@ -93,6 +93,10 @@ class World:
         self.grants: list[messages.Grant] = []
         self.recoveries: list[messages.Recover] = []
         self.later: list[str] = []
+        self.unread: list[str] = []
+        """Requests that come again after a take-over: the scheduler before had not committed that it read them."""
+        self.reads = False
+        """Whether the log is to be read to its end."""
         self._states: dict[tuple[str, str], tuple[int | None, LeaseState]] = {}
         self.tell(messages.ModelsChanged(dict(MODELS)))
 
@@ -116,11 +120,14 @@ class World:
             case messages.Grant():
                 self.grants.append(action)
             case messages.End(request, status, _, _):
-                hold(request.id not in self.ended, "a request ends twice")
+                unread = self.pool.taking is not Taking.TAKEN and request.id in self.later
+                hold(request.id not in self.ended or unread, "a request ends twice")
                 self.finish(request.id, request.attempt, status)
             case messages.Recover():
                 self.recoveries.append(action)
-            case messages.Enqueued() | messages.LeaseMoved():
+            case messages.ReadLog():
+                self.reads = True
+            case messages.Enqueued() | messages.LeaseMoved() | messages.Adopt():
                 pass
 
     def command(self, worker: str, action: Action) -> None:
@@ -156,6 +163,7 @@ class World:
                 else:
                     self.finish(request.id, request.attempt, Status.FAILED)
             case messages.CancelRunning(request_id, _, _, status):
+                hold(request_id not in self.unread, "what is asked for again is ended")
                 for attempt in [key for key in machine.running if key[0] == request_id]:
                     del machine.running[attempt]
                     self.finish(request_id, attempt[1], status)
@@ -206,16 +214,25 @@ class World:
 
     def boot(self, name: str) -> None:
         self.excuses += 4 * len(MODELS)
+        self._gone_unseen(self.machines[name])
         self.machines[name] = Machine(self.machines[name].boot + 1, alive=True)
 
     def die(self, name: str) -> None:
         machine = self.machines[name]
+        self._gone_unseen(machine)
         machine.alive = False
         machine.running.clear()
 
     def pause(self, name: str) -> None:
         """A worker is stopped, or cut off from the brokers."""
+        self._gone_unseen(self.machines[name])
         self.machines[name].paused = self.machines[name].behind = True
+
+    def _gone_unseen(self, machine: Machine) -> None:
+        """What only a worker and the scheduler before knew of is given again when both are gone at once."""
+        for request_id, _ in machine.running:
+            if request_id in self.unread or self.pool.taking is not Taking.TAKEN:
+                self.given.pop(request_id, None)
 
     def resume(self, name: str) -> None:
         """It goes on where it was."""
@@ -236,8 +253,14 @@ class World:
             for model, (epoch, state) in machine.resident.items()
         ]
         running = [
-            RunningAttempt(key[0], key[1], 0, tokens, goes_on=tokens > 0 and self.asked[key[0]].tenant != "c")
-            for key, (_, tokens) in machine.running.items()
+            RunningAttempt(
+                key[0],
+                key[1],
+                machine.resident[model][0],
+                tokens,
+                goes_on=tokens > 0 and self.asked[key[0]].tenant != "c",
+            )
+            for key, (model, tokens) in machine.running.items()
         ]
         status = WorkerStatus(
             name, str(machine.boot), "default", machine.term, self.now, providers=["p", "q"],
@@ -280,6 +303,16 @@ class World:
     def read_log(self) -> None:
         if self.later:
             self.tell(messages.Finished(self.later.pop(0), 5, 7))
+        elif self.reads:
+            self.reads = False
+            self.tell(messages.LogRead())
+
+    def read_again(self) -> None:
+        """Requests that the scheduler before had read come again."""
+        while self.unread:
+            request_id = self.unread.pop()
+            if request_id in self.live or request_id in self.later:
+                self.tell(messages.Arrived(self.asked[request_id]))
 
     def recover(self, *, empty: bool) -> None:
         if not self.recoveries:
@@ -320,6 +353,8 @@ class World:
     def pass_time(self, ms: int) -> None:
         """Time passes, of which the policy is told as often as in production, or nearly so."""
         end = self.now + ms
+        if ms > policy.DEAF_MS or end - self.pool.taken_ms > policy.STRAYS_MS // 2:
+            self.read_again()
         while self.now < end:
             self.now = min(end, self.now + policy.DEAF_MS)
             self.tell(messages.Tick())
@@ -327,26 +362,39 @@ class World:
     def take_over(self) -> None:
         """Another scheduler takes the pool: it knows what lives, and learns from heartbeats what is held.
 
-        The one before it may have opened attempts that it had no time to give to a worker.
+        The one before it may have opened attempts that it had no time to give to a worker, and given attempts to
+        workers that it had no time to write down.
         """
         for lost in self.recoveries[::2]:
             self.open(lost.running.request.id, lost.running.request.attempt)
         old, self.term = self.pool, self.term + 1
-        self.pool = Pool(term=self.term, taken_ms=self.now, limits=LIMITS)
-        self.grants, self.recoveries, self._states = [], [], {}
+        self.pool = Pool(term=self.term, taking=Taking.WAITING, taken_ms=self.now, limits=LIMITS)
+        self.grants, self.recoveries, self._states, self.reads = [], [], {}, False
         self.excuses += 2 * len(MODELS)
         wishes.restore(self.pool, wishes.kept(old, 0))
         self.tell(messages.ModelsChanged(dict(MODELS)), complete=False)
         for request_id in sorted(self.live):
             request = self.asked[request_id] = replace(self.asked[request_id])
             known = old.running.get(request_id) or old.recovering.get(request_id)
-            if known is None:
+            if request_id in self.unread or self._under_way(old.running.get(request_id)):
+                if request_id not in self.unread:
+                    self.unread.append(request_id)
+            elif known is None:
                 self.tell(messages.Arrived(request), complete=False)
             else:
                 again = Running(request, known.worker, known.boot, known.epoch, self.now)
                 self.tell(messages.Restored(again), complete=False)
                 self.tell(messages.Superseded(request_id, self.opened.get(request_id, 1)), complete=False)
-        self.check()
+        for name in WORKERS:
+            self.heartbeat(name)
+        self.tell(messages.Heard())
+
+    def _under_way(self, known: Running | None) -> bool:
+        """Whether a worker has what nothing else tells: every second first attempt that runs."""
+        if known is None or self.opened.get(known.request.id, 1) > 1 or int(known.request.id[1:]) % 2:
+            return False
+        machine = self.machines[known.worker]
+        return machine.alive and not machine.paused and (known.request.id, 1) in machine.running
 
     def healthy(self, name: str) -> None:
         """All that it takes until a worker serves."""
@@ -387,8 +435,8 @@ class World:
             request = self.asked[request_id]
             places = (request_id in pool.queues.get(request.model, ())) + (request_id in pool.running)
             places += request_id in pool.recovering
-            hold(places == 1, f"{request_id} is in {places} places")
-        hold(waiting <= len(self.live), "what has ended waits")
+            hold(places == 1 - (request_id in self.unread), f"{request_id} is in {places} places")
+        hold(waiting <= len(self.live | set(self.later)), "what has ended waits")
         for model, queue in pool.queues.items():
             known = [
                 w.status for w in pool.workers.values() if w.usable and MODELS[model].provider in w.status.providers
@@ -407,7 +455,8 @@ class World:
                 self.complete(name)
             while self.recoveries:
                 self.recover(empty=True)
-            while self.later:
+            self.read_again()
+            while self.later or self.reads:
                 self.read_log()
             self.pass_time(500)
         raise Broken(f"never ended: {sorted(self.live)}")

@@ -14,7 +14,7 @@ from processors.scheduler import placement, policy
 from processors.scheduler.messages import Action, Unload
 from processors.scheduler.queues import Queue
 from processors.scheduler.state import Lease, LeaseState, Pool, Request, Worker
-from schemas.events import Priority, Resident, WorkerStatus
+from schemas.events import Priority, Resident, RunningAttempt, WorkerStatus
 from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, Broken, World
 
 STEPS = 1_000_000
@@ -59,8 +59,10 @@ def act(world: World, chance: random.Random) -> None:
     elif what < 0.77:
         world.generate(worker)
         world.complete(worker)
-    elif what < 0.87:
+    elif what < 0.86:
         world.read_log()
+    elif what < 0.87:
+        world.read_again()
     elif what < 0.90:
         world.recover(empty=chance.random() < 0.7)
     elif what < 0.905:
@@ -134,6 +136,11 @@ def _any_boot(pool: Pool, worker: Worker) -> list[Action]:
     return []
 
 
+def _adopt_nothing(pool: Pool, status: WorkerStatus, attempt: RunningAttempt, now_ms: int) -> list[Action]:
+    """What a worker runs by the word of the scheduler before is not heeded."""
+    return []
+
+
 def _any_fence(pool: Pool, status: WorkerStatus) -> bool:
     """A worker that comes back is believed before it has read what it was told."""
     return status.term == pool.term
@@ -154,12 +161,14 @@ def _any_fence(pool: Pool, status: WorkerStatus) -> bool:
         (Lease, "holds", property(lambda lease: lease.bytes if lease.state is LeaseState.ACTIVE else 0)),
         (placement, "freed", lambda pool, lease: []),
         (policy, "_reconcile", lambda pool, status: []),
+        (policy, "_stray", _adopt_nothing),
+        (policy, "STRAYS_MS", -1),
     ],
     ids=[
         "believe who comes back",
         "skip a fence", "resurrect a victim", "bytes given away too early", "unload what is in use", "forget a queue",
         "keep what the dead held", "forget a lost request", "leak bytes", "forget what is loading", "never free",
-        "believe that all still runs",
+        "believe that all still runs", "do not see what runs", "end what is asked for again",
     ],
 )  # fmt: skip
 def test_a_mutant_is_caught(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, mutant: object) -> None:
