@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,21 @@ rootLogger.level=INFO
 rootLogger.appenderRef.out.ref=out
 """
 """The broker logs to its standard output, which the supervisor keeps and bounds as it does for every child."""
+
+
+PROXIED = "HEADRACE_KAFKA_PROXIED"
+"""Environment variable `PORT:ADVERTISED`: one more listener on loopback at PORT, whose clients are told to come to
+ADVERTISED, where a proxy stands that forwards to PORT. It is for cutting a part off from Kafka, and for looking at what
+goes over the wire."""
+
+
+def proxied_properties(port: int, advertised: int, listeners: str, advertised_listeners: str) -> dict[str, str]:
+    """What such a listener adds to, or changes in, the broker's settings."""
+    return {
+        "listeners": f"{listeners},PROXIED://127.0.0.1:{port}",
+        "advertised.listeners": f"{advertised_listeners},PROXIED://127.0.0.1:{advertised}",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    }
 
 
 def broker_properties(log_dir: str, port: int, controller_port: int) -> dict[str, str]:
@@ -141,7 +157,13 @@ class Kafka:
         return ChildSpec("kafka", argv, env={"MALLOC_ARENA_MAX": "2"}, stop_seconds=20.0, cwd=self._home)
 
     def _write(self, name: str, log_dir: str) -> None:
-        (self._home / name).write_text(render_properties(broker_properties(log_dir, *self._ports)))
+        properties = broker_properties(log_dir, *self._ports)
+        if proxied := os.environ.get(PROXIED):
+            own, advertised = map(int, proxied.split(":"))
+            properties |= proxied_properties(
+                own, advertised, properties["listeners"], properties["advertised.listeners"]
+            )
+        (self._home / name).write_text(render_properties(properties))
 
 
 def _cluster_id() -> str:
