@@ -58,6 +58,10 @@ bench-scheduler *ARGS: setup
 bench-engines *ARGS: setup
     @{{python}} -m bench.engines "$@"
 
+# The same requests on a genuine Ollama (built with Go, once) and on Headrace, three models on memory for two
+bench-ollama *ARGS: setup
+    @{{python}} -m bench.side_by_side "$@"
+
 # Install a genuine Ollama with Go (once, 3 minutes) and serve it for its provider's tests, until Ctrl-C
 ollama *ARGS: setup
     @{{python}} tests/support/ollama_genuine.py "$@"

@@ -45,15 +45,20 @@ class Report(msgspec.Struct, kw_only=True):
     """What could not be measured, and why."""
 
 
-def new_report(kind: str, *, quick: bool) -> Report:
-    """An empty report of now, on this machine."""
-    machine = Machine(
+def this_machine() -> Machine:
+    """What the figures are about to be measured on."""
+    return Machine(
         cores=os.cpu_count(),
         system=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
         load_before=round(os.getloadavg()[0], 2),
     )
-    return Report(kind=kind, started=datetime.now(UTC).isoformat(timespec="seconds"), quick=quick, machine=machine)
+
+
+def new_report(kind: str, *, quick: bool) -> Report:
+    """An empty report of now, on this machine."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return Report(kind=kind, started=started, quick=quick, machine=this_machine())
 
 
 def show(report: Report, console: Console) -> None:
