@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "device": str,
         "dtype": str,
     },
-    "ollama": {**_REMOTE_OPTIONS, "memory_bytes": int, "parallel": int},
+    "ollama": {**_REMOTE_OPTIONS, "memory_bytes": int, "parallel": int, "pull": bool},
     "openai": {**_REMOTE_OPTIONS, "continues": str},
 }
 """Options of each kind of provider; the workers' providers have the same ones."""

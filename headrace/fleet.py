@@ -13,11 +13,12 @@ import structlog
 
 from headrace.errors import Unavailable
 from headrace.leases import LeaseBook
+from headrace.model_facts import newest, warnings
 from headrace.pools import STALE_S
 from headrace.settings import Settings
-from schemas.admin import DeviceView, LeaseView, ModelView, PriceView, ResidentView, WorkerView
+from schemas.admin import DeviceView, FactsView, LeaseView, ModelView, PriceView, ResidentView, WorkerView
 from schemas.control import Model
-from schemas.events import LeaseEvent, ModelState, PoolStatus, WorkerStatus
+from schemas.events import LeaseEvent, ModelCard, ModelState, PoolStatus, WorkerStatus
 from topics.catalogue import LEASES, POOL_STATUS, WORKER_STATUS
 from topics.clients import LogReader
 from topics.cluster import Cluster
@@ -67,8 +68,10 @@ class Fleet:
 
     # --- what people are shown ------------------------------------------------------------------------------------
 
-    def model_views(self, models: Iterable[Model], now_ms: int) -> list[ModelView]:
-        """The models as they are configured and stand, by id."""
+    def model_views(self, models: Iterable[Model], now_ms: int, cards: Iterable[ModelCard] = ()) -> list[ModelView]:
+        """The models as they are configured and stand, and as their cards say, by id."""
+        models = list(models)
+        facts = newest(cards, {model.id: model for model in models})
         leases = self.lease_views()
         states = {
             (name, state.id): state
@@ -77,11 +80,13 @@ class Fleet:
             for state in status.models
         }
         return [
-            self._model_view(model, states.get((model.pool, model.id)), leases, now_ms)
+            self._model_view(model, states.get((model.pool, model.id)), facts.get(model.id), leases, now_ms)
             for model in sorted(models, key=lambda model: model.id)
         ]
 
-    def _model_view(self, model: Model, state: ModelState | None, leases: list[LeaseView], now_ms: int) -> ModelView:
+    def _model_view(
+        self, model: Model, state: ModelState | None, card: ModelCard | None, leases: list[LeaseView], now_ms: int
+    ) -> ModelView:
         status = self.pool(model.pool, now_ms)
         price = model.price
         return ModelView(
@@ -111,8 +116,15 @@ class Fleet:
             running=state.running if state is not None else 0,
             estimated_wait_ms=status.waits_ms.get(model.id) if status is not None else None,
             last_used_ms=(state.used_ms or None) if state is not None else None,
+            progress=self._progress(model.id),
+            facts=facts_view(card) if card is not None else None,
+            warnings=warnings(model, card),
             leases=[lease for lease in leases if lease.model == model.id],
         )  # fmt: skip
+
+    def _progress(self, model: str) -> str | None:
+        told = (held.progress for worker in self.workers.values() for held in worker.resident if held.model == model)
+        return next((progress for progress in told if progress), None)
 
     def worker_views(self, now_ms: int) -> list[WorkerView]:
         """The workers that were heard within an hour, by id."""
@@ -136,6 +148,12 @@ class Fleet:
             for lease in self.leases.held()
         ]  # fmt: skip
         return sorted(views, key=lambda lease: (lease.worker, lease.model, lease.epoch))
+
+
+def facts_view(card: ModelCard) -> FactsView:
+    """A card as people are shown it."""
+    fields = msgspec.structs.asdict(card)
+    return FactsView(told_ms=card.at_ms, **{name: fields[name] for name in FactsView.model_fields if name in fields})
 
 
 def _asked(status: PoolStatus | None, model: str) -> Literal["load", "unload"] | None:
@@ -162,7 +180,7 @@ def _worker_view(status: WorkerStatus, held: Mapping[tuple[str, str], int], now_
         residents=[
             ResidentView(
                 model=held.model, state=held.state, device=held.device, epoch=held.epoch, bytes=held.bytes,
-                error=held.error or None,
+                error=held.error or None, progress=held.progress or None,
             )
             for held in sorted(status.resident, key=lambda one: one.model)
         ],

@@ -1,4 +1,4 @@
-"""Rebuilding Redis from Kafka: the control plane as a new generation, and what is remembered of idempotent requests."""
+"""Rebuilding Redis from Kafka: the control plane as a new generation, idempotent requests, and what models are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from headrace.control_log import CommittedReader, Replay, end_offsets
 from headrace.errors import Unavailable
+from headrace.model_facts import FactsCache, rebuild_facts
 from headrace.projection import Projection
 from headrace.redis_client import connect
 from headrace.settings import Settings
@@ -49,6 +50,7 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None) -> di
             projection, replay = Projection(redis), Replay(reader)
             await replay.read_on()
             remembered = await _restore_idempotency(settings, redis, progress)
+            facts = await rebuild_facts(settings.kafka, f"rebuild-facts-{settings.instance}", FactsCache(redis))
             for _ in range(TRIES):
                 if await _put_into_force(settings, projection, replay):
                     break
@@ -60,7 +62,7 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None) -> di
                 )
     finally:
         await redis.aclose()
-    counts = {kind: len(held) for kind, held in replay.records.items()} | {"idempotency": remembered}
+    counts = {kind: len(held) for kind, held in replay.records.items()} | {"idempotency": remembered, "facts": facts}
     log.info("redis_rebuilt", **counts)
     return counts
 

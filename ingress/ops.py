@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 from starlette.responses import JSONResponse, Response
 
 from headrace.errors import Unavailable
+from headrace.model_facts import newest, warnings
 from headrace.telemetry import gather
 from ingress.services import Services
 
@@ -27,8 +28,22 @@ async def ready(request: Request) -> JSONResponse:
     """Whether a chat request would be answered; names each part that is not ready, and why."""
     services: Services = request.app.state.services
     waiting = await not_ready(services)
-    content = {"status": "not ready" if waiting else "ready", "waiting_for": waiting}
+    content = {
+        "status": "not ready" if waiting else "ready",
+        "waiting_for": waiting,
+        "warnings": await doubtful(services),
+    }
     return JSONResponse(content, status_code=503 if waiting else 200)
+
+
+async def doubtful(services: Services) -> dict[str, list[str]]:
+    """Model -> what its record says that the model itself does not bear out; nothing of it keeps requests away."""
+    try:
+        models = {id: model for id, model in services.registry.snapshot.models.items() if model.enabled}
+    except Unavailable:
+        return {}
+    cards = newest(await services.facts.known(), models)
+    return {id: found for id, model in sorted(models.items()) if (found := warnings(model, cards.get(id)))}
 
 
 async def not_ready(services: Services) -> dict[str, str]:

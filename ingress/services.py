@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 import structlog
 
 from headrace.fleet import FleetReader
+from headrace.model_facts import FactsCache
 from headrace.pools import Pools
 from headrace.redis_client import connect
 from headrace.registry import Registry
@@ -36,6 +37,7 @@ class Services:
         self.fleet = FleetReader(settings.kafka, settings.instance)
         self.lookup = Lookup(settings)
         self.reservations = Reservations(self.redis)
+        self.facts = FactsCache(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)
         self.draining = asyncio.Event()
         """Set when the process stops: open streams end with an error that says how to resume."""

@@ -42,6 +42,25 @@ class PriceView(BaseModel):
     version: int
 
 
+class FactsView(BaseModel):
+    """What a model is, as a worker's provider told; empty and 0 where it does not tell."""
+
+    worker: str
+    told_ms: int
+    version: str
+    """Another one when the backend would load other weights."""
+    architecture: str
+    parameters: int
+    quantisation: str
+    context_length: int
+    """Tokens that it was trained for, or is served with."""
+    layers: int
+    chat_template: bool
+    template_digest: str
+    capabilities: list[str]
+    weight_bytes: int
+
+
 class ModelView(BaseModel):
     """A model: how it is configured, and how it stands."""
 
@@ -74,6 +93,12 @@ class ModelView(BaseModel):
     estimated_wait_ms: int | None
     """Expected wait of a request that comes now; null while nobody can tell."""
     last_used_ms: int | None
+    progress: str | None
+    """How far a load is that takes long, such as a download."""
+    facts: FactsView | None
+    """Null until a worker has told."""
+    warnings: list[str]
+    """What its record says that the model itself does not bear out."""
     leases: list[LeaseView]
 
 
@@ -104,6 +129,8 @@ class ResidentView(BaseModel):
     bytes: int
     """Memory that it was seen to take; 0 where nobody can tell."""
     error: str | None
+    progress: str | None
+    """How far its load is, where that takes long."""
 
 
 class WorkerView(BaseModel):

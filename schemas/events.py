@@ -345,6 +345,8 @@ class Resident(msgspec.Struct, omit_defaults=True):
     """Memory that it was seen to take, 0 where nobody can tell."""
     error: str = ""
     device: str = ""
+    progress: str = ""
+    """How far a load is that takes long, such as a download."""
 
 
 class Device(msgspec.Struct, omit_defaults=True):
@@ -367,6 +369,34 @@ class Need(msgspec.Struct):
     load_ms: int = 0
     measured: bool = False
     """Whether `bytes` is the most that a load was seen to take there, and no estimate."""
+
+
+class ModelCard(msgspec.Struct, omit_defaults=True):
+    """What a worker found a model to be (`model.facts`, key: worker/model); told once a change, not with heartbeats.
+
+    Empty and 0 where its provider does not tell.
+    """
+
+    worker: str
+    model: str
+    provider: str
+    backend_tag: str
+    at_ms: int
+    version: str = ""
+    """Of the backend's model: the digest of its content, or of when its files were written."""
+    architecture: str = ""
+    parameters: int = 0
+    quantisation: str = ""
+    context_length: int = 0
+    """Tokens that it was trained for; those that it is served with, where a server tells no more."""
+    layers: int = 0
+    chat_template: bool = False
+    """Whether the model brings its own."""
+    template_digest: str = ""
+    """First digits of that template's SHA-256."""
+    capabilities: list[str] = []
+    """Of `chat`, `tools`, `vision`, `thinking` and `embeddings`, what the provider would serve with it."""
+    weight_bytes: int = 0
 
 
 class WorkerStatus(msgspec.Struct, omit_defaults=True):

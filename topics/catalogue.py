@@ -177,6 +177,14 @@ WORKER_STATUS = Topic(
     cleanup="compact,delete",
     retention_ms=HOUR_MS,
 )
+MODEL_FACTS = Topic(
+    "model.facts",
+    1,
+    "worker/model",
+    "What workers found models to be: context, parameters, quantisation, template, capabilities; one record a change.",
+    schema=events.ModelCard,
+    cleanup="compact",
+)
 CONTROL_COMMANDS = Topic(
     "control.commands",
     1,
@@ -216,7 +224,7 @@ DEAD_LETTERS = Topic(
 
 CATALOGUE: tuple[Topic, ...] = (
     REQUESTS, ROUTED, REPLIES, LOG, EVENTS, CANCELLATIONS, USAGE,
-    POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS,
+    POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS, MODEL_FACTS,
     CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_USERS, CONTROL_KEYS,
     CONTROL_PRICES,
     DEAD_LETTERS,

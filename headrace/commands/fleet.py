@@ -18,6 +18,7 @@ from headrace.control_client import ControlPlane, command, control_client
 from headrace.errors import HeadraceError
 from headrace.fleet import Fleet, followed
 from headrace.local import resolve
+from headrace.model_facts import read_cards
 from headrace.sql import drawn
 from headrace.waiting import Awaited, came_true
 from schemas.admin import LeaseView, ModelView, WorkerView
@@ -81,7 +82,9 @@ def _table(*columns: str) -> Table:
 
 
 def _views(data_dir: Path | None, choose: Callable[[ControlPlane], list[Model]]) -> list[ModelView]:
-    return _look(data_dir, lambda fleet, plane: fleet.model_views(choose(plane), _now_ms()))
+    with plain_failures(HeadraceError):
+        cards = asyncio.run(read_cards(resolve(data_dir)))
+    return _look(data_dir, lambda fleet, plane: fleet.model_views(choose(plane), _now_ms(), cards))
 
 
 def list_models(as_json: AsJson = False, data_dir: DataDir = None) -> None:
@@ -112,6 +115,7 @@ def list_models(as_json: AsJson = False, data_dir: DataDir = None) -> None:
 
 def _state(view: ModelView) -> str:
     words = [view.state if view.enabled else "disabled"]
+    words += [view.progress] if view.progress else []
     words += ["pinned"] * view.pinned + ["to be loaded"] * (view.asked == "load")
     return ", ".join(words)
 
@@ -134,10 +138,13 @@ def show_model(name: Name, as_json: AsJson = False, data_dir: DataDir = None) ->
         ("aliases", ", ".join(view.aliases)),
         ("provider", f"{view.provider}: {view.backend_tag}"),
         ("pool", view.pool),
+        ("is", _facts(view)),
+        ("can", ", ".join(view.facts.capabilities) if view.facts is not None else ""),
         ("good for", ", ".join(view.capabilities)),
         ("fallbacks", ", ".join(view.fallbacks)),
         ("state", _state(view)),
         ("error", view.error or ""),
+        *(("warning", warning) for warning in view.warnings),
         ("context", f"{view.context_length} tokens, {view.max_concurrency} requests at once on a worker"),
         ("memory", f"{units.size(view.bytes)} expected, loaded in about {units.age(view.load_ms)}"),
         ("kept", "for ever (pinned)" if view.pinned else "for ever (preloaded)" if view.preload else keep),
@@ -150,6 +157,21 @@ def show_model(name: Name, as_json: AsJson = False, data_dir: DataDir = None) ->
     typer.echo(drawn(table))
     if view.leases:
         typer.echo("\n" + drawn(_lease_table(view.leases)))
+
+
+def _facts(view: ModelView) -> str:
+    """What the model itself is, in one line; what is not known is left out."""
+    facts = view.facts
+    if facts is None:
+        return ""
+    words = [
+        facts.architecture,
+        f"{facts.parameters / 1e6:,.0f} M parameters" * bool(facts.parameters),
+        facts.quantisation,
+        f"{facts.context_length} tokens of context" * bool(facts.context_length),
+        f"chat template {facts.template_digest}" * facts.chat_template,
+    ]
+    return ", ".join(word for word in words if word)
 
 
 def load(name: Name, wait: Wait = True, reason: Reason = "", data_dir: DataDir = None) -> None:

@@ -21,22 +21,22 @@ CONFIRM_S = 5.0
 """How long a change of a record may take to be in force."""
 
 
-def _views(services: Services, models: list[Model]) -> list[ModelView]:
-    return services.fleet.fleet.model_views(models, time.time_ns() // 1_000_000)
+async def _views(services: Services, models: list[Model]) -> list[ModelView]:
+    return services.fleet.fleet.model_views(models, time.time_ns() // 1_000_000, await services.facts.known())
 
 
 @router.get("")
 async def list_models(request: Request, _: Admin) -> ModelViews:
     """All models, enabled or not."""
     services: Services = request.app.state.services
-    return ModelViews(data=_views(services, list(services.registry.snapshot.models.values())))
+    return ModelViews(data=await _views(services, list(services.registry.snapshot.models.values())))
 
 
 @router.get("/{model_id:path}", responses=UNKNOWN)
 async def get_model(request: Request, model_id: str, _: Admin) -> ModelView:
     """One model, by id or alias."""
     services: Services = request.app.state.services
-    [view] = _views(services, [steer.find(services.registry.snapshot.models, model_id)])
+    [view] = await _views(services, [steer.find(services.registry.snapshot.models, model_id)])
     return view
 
 
@@ -73,7 +73,7 @@ async def _set_pinned(request: Request, model_id: str, key: Key, *, pinned: bool
     model = steer.pin(steer.find(services.registry.snapshot.models, model_id), pinned=pinned)
     client = ControlClient(services.settings, Projection(services.redis), timeout=CONFIRM_S)
     await client.submit([command(model, actor=actor(key), reason="pinned" if pinned else "unpinned")])
-    [view] = _views(services, [model])
+    [view] = await _views(services, [model])
     return view
 
 

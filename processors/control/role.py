@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from headrace.cancellation import end
 from headrace.control_log import end_offsets, replay_control
 from headrace.errors import Unavailable
+from headrace.model_facts import keep_facts
 from headrace.projection import CommandOutcome, Outcome, Projection
 from headrace.rebuild import rebuild
 from headrace.redis_client import connect
@@ -169,12 +170,14 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         processor = ControlProcessor(settings, redis, producer)
         role = AgentRole(settings, ROLE, CONTROL_COMMANDS, processor.handle)
         role.on_partitions(processor.assigned, processor.revoked)
-        keeper = asyncio.create_task(processor.keep(), name="control-keep")
-        keeper.add_done_callback(lambda task: _ended(role, task))
+        facts = keep_facts(settings.kafka, f"{ROLE}-facts-{settings.instance}", redis)
+        keepers = [asyncio.create_task(processor.keep(), name="control-keep"), asyncio.create_task(facts)]
+        for keeper in keepers:
+            keeper.add_done_callback(lambda task: _ended(role, task))
         try:
             await role.run(stop)
         finally:
-            await end(keeper)
+            await end(*keepers)
             await processor.close()
             await redis.aclose()
 

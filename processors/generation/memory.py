@@ -79,6 +79,10 @@ class Memory:
         """Most bytes that a held model was seen to take; 0 where nobody can tell."""
         return self._peaks.get(model, 0)
 
+    def forget(self, model: str) -> None:
+        """The model's provider would load other weights now: what they take is not known."""
+        self._needs.forget(model)
+
     async def look(
         self,
         providers: Mapping[str, tuple[control.Provider, Provider]],

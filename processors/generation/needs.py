@@ -86,6 +86,12 @@ class Needs:
             fresh[model.id] = known
         self._known = fresh
 
+    def forget(self, model: str) -> None:
+        """The model's provider loads other weights now: it is asked again; what loads took before says nothing."""
+        known = self._known.get(model)
+        if known is not None:
+            known.measured, known.again_at = 0, asyncio.get_running_loop().time()
+
     async def _ask(self, known: _Known, provider: Provider) -> None:
         trouble = f"provider {known.provider.name} cannot tell of model {known.model.id}"
         facts = await self._quietly(provider.inspect(known.model), trouble, INSPECT_TIMEOUT_S)
@@ -99,7 +105,8 @@ class Needs:
 class Quietly:
     """Asks providers what they may not be able to tell; what is wrong is logged once, until they have told."""
 
-    def __init__(self) -> None:
+    def __init__(self, event: str = "memory_unknown") -> None:
+        self._event = event
         self._troubles: set[str] = set()
 
     async def __call__(self, asked: Awaitable[T], trouble: str, patience_s: float) -> T | None:
@@ -110,7 +117,7 @@ class Quietly:
         except (HeadraceError, TimeoutError) as error:
             if trouble not in self._troubles:
                 self._troubles.add(trouble)
-                log.warning("memory_unknown", trouble=trouble, error=str(error) or "no answer in time")
+                log.warning(self._event, trouble=trouble, error=str(error) or "no answer in time")
             return None
         self._troubles.discard(trouble)
         return told

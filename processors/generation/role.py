@@ -14,21 +14,24 @@ from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.generation.bodies import Bodies
+from processors.generation.cards import Cards
 from processors.generation.frames_out import FrameWriter
 from processors.generation.memory import Memory
 from processors.generation.providers.factory import make_provider
 from processors.generation.worker import Worker
-from schemas.events import Command
+from schemas.control import Model
+from schemas.events import Command, ModelCard
 from topics.agents import AgentRole, Message
-from topics.catalogue import WORKER_STATUS, worker_commands
+from topics.catalogue import MODEL_FACTS, WORKER_STATUS, worker_commands
 from topics.clients import Producer
 from topics.dead_letters import bury
-from topics.outcomes import Outcomes
+from topics.outcomes import Outcomes, now_ms
 
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_S = 0.5
 LOOK_S = 1.0
+DESCRIBE_S = 2.0
 _command: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 
 
@@ -42,12 +45,14 @@ class Role:
         topic = worker_commands(settings.worker_id)
         self.agent = AgentRole(settings, "worker", topic, self.handle, group=f"headrace-worker-{settings.worker_id}")
         self.bodies = Bodies(settings.kafka)
+        memory = Memory(settings)
+        self.cards = Cards(settings.worker_id, self._tell, memory.forget, now_ms)
         self.worker = Worker(
             settings.worker_id,
             settings.pool,
             uuid_utils.uuid7().hex,
             make_provider,
-            Memory(settings),
+            memory,
             FrameWriter(producer, self.agent.fail),
             Outcomes(producer, "worker", settings.instance),
             self.bodies,
@@ -74,6 +79,21 @@ class Role:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.worker.changed.wait(), HEARTBEAT_S)
 
+    async def describe(self) -> None:
+        """Tell what the models are, at each change, for ever. Raises `KafkaError`."""
+        while True:
+            with contextlib.suppress(Unavailable):
+                await self.cards.look(self.worker.served, self._models(), self.worker.loads())
+            await asyncio.sleep(DESCRIBE_S)
+
+    async def _tell(self, model: str, card: ModelCard | None) -> None:
+        value = msgspec.json.encode(card) if card is not None else None
+        await self._producer.send(MODEL_FACTS.name, value, key=f"{self._settings.worker_id}/{model}")
+
+    def _models(self) -> list[Model]:
+        """The models of the pool. Raises `Unavailable` while the registry is not known."""
+        return [one for one in self._registry.snapshot.models.values() if one.pool == self._settings.pool]
+
     async def watch(self) -> None:
         """Follow the registry, and look at the memory each second, for ever."""
         wanted = {name.strip() for name in self._settings.worker_providers.split(",")}
@@ -81,9 +101,8 @@ class Role:
             with contextlib.suppress(Unavailable):
                 known = self._registry.snapshot
                 served = [one for name, one in known.providers.items() if "*" in wanted or name in wanted]
-                models = [one for one in known.models.values() if one.pool == self._settings.pool]
                 before = self.worker.providers
-                await self.worker.follow(served, models)
+                await self.worker.follow(served, self._models())
                 if self.worker.providers != before:
                     self.worker.changed.set()
             await asyncio.sleep(LOOK_S)
@@ -97,6 +116,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         await registry.start()
         role = Role(settings, producer, registry)
         beside = [asyncio.create_task(role.heartbeat()), asyncio.create_task(role.watch())]
+        beside.append(asyncio.create_task(role.describe()))
         for task in beside:
             task.add_done_callback(
                 lambda done: None if done.cancelled() else role.agent.fail(done.exception() or RuntimeError("ended"))

@@ -60,6 +60,11 @@ class _Held:
         self.settled = asyncio.Event()
         """Set unless the model is being loaded."""
 
+    @property
+    def progress(self) -> str:
+        """How far a load is that takes long."""
+        return self.provider.progress(self.model) if self.state == "loading" and self.provider is not None else ""
+
     def settle(self, state: str, error: str = "") -> None:
         """The load has ended; a wish to unload that came meanwhile stays."""
         if self.state == "loading":
@@ -87,6 +92,8 @@ class Worker:
         self.boot = boot
         self.providers: list[str] = []
         """Names of the providers that this worker serves; follows the registry."""
+        self.served: dict[str, tuple[control.Provider, Provider]] = {}
+        """Those providers by name, with their records."""
         self.memory = memory
         self.changed = asyncio.Event()
         """Set when the next heartbeat should not wait."""
@@ -312,7 +319,7 @@ class Worker:
                     self._unusable[record.name] = record
                     log.error("provider_unusable", provider=record.name, error=error.message)
         names = {record.name for record in providers}
-        served = {name: made for name, made in self._made.items() if name in names}
+        served = self.served = {name: made for name, made in self._made.items() if name in names}
         somewhere = {
             model: Held(held.device, held.provider)
             for model, held in self._held.items()
@@ -321,6 +328,12 @@ class Worker:
         await self.memory.look(served, [model for model in models if model.provider in served], somewhere)
         if self.memory.ready:
             self.providers = sorted(names)
+
+    def loads(self) -> dict[str, int]:
+        """Models that are in memory -> a number that is another after each load of them."""
+        return {
+            model: hash((held.epoch, held.revivals)) for model, held in self._held.items() if held.state == "active"
+        }
 
     # --- reporting --------------------------------------------------------------------------------------------
 
@@ -334,7 +347,15 @@ class Worker:
             at_ms=now_ms(),
             providers=list(self.providers),
             resident=[
-                Resident(model_id, held.epoch, held.state, self.memory.peak(model_id), held.error, held.device)
+                Resident(
+                    model_id,
+                    held.epoch,
+                    held.state,
+                    self.memory.peak(model_id),
+                    held.error,
+                    held.device,
+                    progress=held.progress,
+                )
                 for model_id, held in self._held.items()
             ],
             running=[

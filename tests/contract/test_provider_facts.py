@@ -6,21 +6,25 @@ The expected memory is compared with the highest that the engine took: with ever
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import psutil
 import pytest
 
 from headrace.errors import ProviderError
+from processors.generation.providers import ollama, ollama_facts
 from processors.generation.providers.base import RAM, ModelFacts
 from processors.generation.providers.factory import make_provider
 from processors.generation.providers.llama_cpp import LlamaCpp, Options
+from processors.generation.providers.llama_models import resolve
 from schemas import control
 from schemas.control import Model
-from tests.support.backends import CONTEXT, WEIGHTS, Backend
+from tests.support.backends import CONTEXT, WEIGHTS, Backend, ollama_server
 from tests.support.tiny_models import MODELS
 
 PARAMETERS = 134_515_008
@@ -47,6 +51,49 @@ async def test_inspecting_what_is_not_there_says_so(backend: Backend) -> None:
     other = msgspec.structs.replace(backend.model, id="other", backend_tag="no-such-model")
     with pytest.raises(ProviderError, match="no-such-model"):
         await backend.provider.inspect(other)
+
+
+async def test_the_version_is_the_same_until_the_weights_are_others(backend: Backend, tmp_path: Path) -> None:
+    first = await backend.provider.version(backend.model)
+    assert await backend.provider.version(backend.model) == first
+    assert (first == "") == (backend.kind == "openai"), "a server that others run tells of none"
+    other = msgspec.structs.replace(backend.model, id="other", backend_tag="no-such-model")
+    if backend.kind != "openai":
+        with pytest.raises(ProviderError, match="no-such-model"):
+            await backend.provider.version(other)
+    if backend.kind == "llama_cpp":
+        copy = tmp_path / "copy.gguf"
+        copy.write_bytes(resolve(WEIGHTS, None).read_bytes())
+        copied = msgspec.structs.replace(backend.model, id="copied", backend_tag=str(copy))
+        before = await backend.provider.version(copied)
+        os.utime(copy, ns=(1, 1))
+        assert await backend.provider.version(copied) != before
+
+
+async def test_ollama_downloads_what_it_does_not_have_and_tells_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ollama_server() as (url, genuine, _):
+        if genuine:
+            pytest.skip("the genuine server would download from the internet")
+        said: list[str] = []
+        model = Model(id="pulled", provider="box", backend_tag="smollm2:135m", context_length=256)
+        options: dict[str, str | int | float | bool] = {"memory_bytes": 1 << 40, "pull": True}
+        provider = make_provider(control.Provider(name="box", kind="ollama", base_url=url, options=options))
+
+        def noted(*told: object) -> str:
+            said.append(ollama_facts.download(*told))  # type: ignore[arg-type]
+            return said[-1]
+
+        monkeypatch.setattr(ollama, "ollama_facts", SimpleNamespace(download=noted, facts=ollama_facts.facts))
+        try:
+            with pytest.raises(ProviderError, match=r"was downloaded; it takes .* were granted"):
+                await provider.load(msgspec.structs.replace(model, bytes=1))
+            assert "downloading: 50 % of 93.8 MiB" in said
+            assert provider.progress(model) == "", "it is over"
+            loaded = await provider.load(msgspec.structs.replace(model, bytes=(await provider.inspect(model)).bytes))
+            assert loaded.bytes > 0
+            await provider.unload(model)
+        finally:
+            await provider.close()
 
 
 async def test_a_server_that_tells_its_context_alone_is_believed() -> None:

@@ -13,10 +13,12 @@ import httpx
 import msgspec
 import psutil
 import pytest
+from redis.asyncio import Redis
 
 from bench.gateway.spec import Spec
 from headrace.control_client import command, control_client
 from headrace.fleet import followed
+from headrace.redis_client import connect
 from schemas.control import Model
 from schemas.events import PoolStatus
 from tests.support.chat import body
@@ -27,12 +29,22 @@ from topics.apply import apply_all
 
 GIB = 2**30
 MODEL = "smollm2"
+STRETCHED = """
+[[models]]
+id = "stretched"
+provider = "local"
+backend_tag = "SmolLM2-135M-Instruct"
+context_length = 16384
+capabilities = ["chat", "tools"]
+preload = false
+"""
+"""What its record says is more than the model is."""
 
 
 @pytest.fixture(scope="module")
 def steered(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
     """A stack of its own: its model comes and goes, and its scheduler is killed."""
-    with running_stack(tmp_path_factory.mktemp("steered"), upstream_url, small_model=True) as stack:
+    with running_stack(tmp_path_factory.mktemp("steered"), upstream_url, small_model=True, models=STRETCHED) as stack:
         yield stack
 
 
@@ -131,6 +143,42 @@ async def test_a_model_is_seen_with_its_worker_and_lease(admin: httpx.AsyncClien
     assert listed["object"] == "list" and MODEL in {one["id"] for one in listed["data"]}
     disabled = [one for one in listed["data"] if one["state"] == "unknown"]
     assert not disabled, "the scheduler tells of every model"
+
+
+async def test_what_a_model_is_outlives_redis_and_contradicts_its_record(
+    steered: Stack, admin: httpx.AsyncClient
+) -> None:
+    async def told() -> dict[str, Any] | None:
+        return (await model(admin)).get("facts")
+
+    facts = await until(told, "the worker told what the model is", 20)
+    assert (facts["architecture"], facts["quantisation"], facts["context_length"]) == ("llama", "Q4_1", 8192)
+    assert facts["parameters"] > 10**8 and facts["capabilities"] == ["chat"] and len(facts["template_digest"]) == 12
+    assert (await model(admin))["warnings"] == []
+
+    async with redis_of(steered) as redis:
+        await redis.delete("hr:facts", "hr:facts:next")
+        assert await until(told, "the control role has filled it again", 20) == facts
+        await redis.hset(
+            "hr:facts", "w1/ghost", b'{"worker":"w1","model":"ghost","provider":"","backend_tag":"","at_ms":1}'
+        )
+        ran = await asyncio.to_thread(steered.run, "rebuild", "redis")
+        assert ran.returncode == 0, ran.stderr
+        assert b"w1/ghost" not in await redis.hkeys("hr:facts"), "what Kafka does not have is gone"
+        assert await told() == facts
+
+    async def doubted() -> list[str] | None:
+        return (await model(admin, "stretched"))["warnings"] or None
+
+    long, tools = await until(doubted, "the record is doubted", 20)
+    assert long.startswith("context_length is 16384, more than the 8192 tokens") and "'tools'" in tools
+    ready = (await admin.get("/health/ready")).json()
+    assert ready["warnings"] == {"stretched": [long, tools]}, "and requests are served all the same"
+    shown = await asyncio.to_thread(steered.run, "models", "show", "stretched")
+    assert "llama, 135 M parameters, Q4_1, 8192 tokens of context, chat template" in shown.stdout
+    assert "lower it" in shown.stdout
+    doctor = await asyncio.to_thread(steered.run, "doctor")
+    assert f"LOOK    model stretched: {long}" in doctor.stdout
 
 
 async def _used(admin: httpx.AsyncClient) -> dict[str, Any] | None:
@@ -269,6 +317,15 @@ async def _running(admin: httpx.AsyncClient, running: int, queued: int) -> bool:
 
 
 # --- a quarantine, on a worker whose memory never seems to come back ----------------------------------------------
+
+
+@asynccontextmanager
+async def redis_of(stack: Stack) -> AsyncIterator[Redis]:
+    client = connect(stack.settings.redis_url)
+    try:
+        yield client
+    finally:
+        await client.aclose()
 
 
 @asynccontextmanager

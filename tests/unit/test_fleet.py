@@ -18,6 +18,7 @@ from schemas.control import Model
 from schemas.events import (
     Device,
     LeaseEvent,
+    ModelCard,
     ModelState,
     PoolCommand,
     PoolCommandKind,
@@ -83,6 +84,19 @@ def test_a_model_is_shown_as_it_is_configured_and_stands() -> None:
     assert (views["two"].state, views["two"].error, views["two"].last_used_ms) == ("failed", "no file", None)
     assert (views["gone"].state, views["far"].state) == ("unloaded", "unknown")
     assert views["far"].estimated_wait_ms is None
+
+
+def test_a_model_is_shown_with_what_it_is_and_how_far_its_load_is() -> None:
+    told = ModelCard("w1", "one", "p", "t", NOW - 5, architecture="llama", context_length=2048, template_digest="ab")
+    loading = Resident("two", 21, "loading", progress="downloading: 25 % of 4.0 GiB")
+    found = fleet(status(), msgspec.structs.replace(WORKER, resident=[loading]))
+    models = {**MODELS, "one": msgspec.structs.replace(MODELS["one"], context_length=4096, capabilities=())}
+    views = {view.id: view for view in found.model_views(models.values(), NOW, [told])}
+    one, two = views["one"], views["two"]
+    assert one.facts is not None and two.facts is None
+    assert (one.facts.told_ms, one.facts.architecture, one.facts.template_digest) == (NOW - 5, "llama", "ab")
+    assert one.warnings == ["context_length is 4096, more than the 2048 tokens of the model itself: lower it"]
+    assert (one.progress, two.progress, two.warnings) == (None, "downloading: 25 % of 4.0 GiB", [])
 
 
 def test_a_pool_that_is_not_heard_is_unknown() -> None:

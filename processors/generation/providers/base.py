@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import abc
 import builtins
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import hashlib
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from schemas.control import Model
 from schemas.events import Usage
+
+DIGEST_DIGITS = 12
 
 
 class Text(msgspec.Struct, gc=False):
@@ -67,14 +71,27 @@ class ModelFacts(msgspec.Struct, frozen=True):
     layers: int = 0
     chat_template: bool = False
     """Whether the model brings its own."""
+    template_digest: str = ""
+    """First digits of the template's SHA-256, by `template_digest`."""
     capabilities: tuple[str, ...] = ()
-    """Of `chat`, `tools`, `vision` and `embeddings`, what the provider would serve with it."""
+    """Of `chat`, `tools`, `vision`, `thinking` and `embeddings`, what the provider would serve with it."""
     weight_bytes: int = 0
     bytes: int = 0
     """Memory that it is expected to take at its highest, on a device of the provider's kind, when loaded as its
     record says; 0 when it takes none of ours."""
     load_ms: int = 0
     """Milliseconds that a load is expected to take."""
+
+
+def template_digest(template: str) -> str:
+    """Enough of a chat template's SHA-256 to see whether two are the same; empty for none."""
+    return hashlib.sha256(template.encode()).hexdigest()[:DIGEST_DIGITS] if template else ""
+
+
+def files_version(files: Iterable[Path]) -> str:
+    """A text that changes when one of the files is written anew. Raises `OSError` when one is not there."""
+    marks = [(str(file), (told := file.stat()).st_size, told.st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(marks).encode()).hexdigest()[:DIGEST_DIGITS]
 
 
 DeviceKind = Literal["gpu", "ram", "own", "none"]
@@ -121,6 +138,17 @@ class Provider(abc.ABC):
     async def inspect(self, model: Model) -> ModelFacts:
         """What is known of a model, loaded or not. Raises `ProviderError` when it is not there or cannot be read."""
         return ModelFacts()
+
+    async def version(self, model: Model) -> str:
+        """A text that changes when a load would bring other weights, cheap enough for a call each ten seconds.
+
+        Empty where the provider cannot tell. Raises `ProviderError` when the model is not there.
+        """
+        return ""
+
+    def progress(self, model: Model) -> str:
+        """How far the load of a model is, in a few words; empty where it takes no longer than loads do."""
+        return ""
 
     @abc.abstractmethod
     async def load(self, model: Model, device: str = "") -> LoadedModel:

@@ -41,6 +41,8 @@ class OllamaOptions(RemoteOptions, frozen=True, forbid_unknown_fields=True):
     """Memory that its machine gives to models, in bytes; models are then loaded and unloaded to fit."""
     parallel: int = 1
     """What the server has as OLLAMA_NUM_PARALLEL: a model's cache is that many contexts."""
+    pull: bool = False
+    """Whether a model that the server does not have is downloaded when it is to be loaded."""
 
 
 class OpenAIOptions(RemoteOptions, frozen=True, forbid_unknown_fields=True):
@@ -75,7 +77,10 @@ def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.e
         client = AsyncClient(
             host=record.base_url or OLLAMA_URL, headers=_headers(record, environ), timeout=options.idle_timeout_s
         )
-        return Ollama(record.name, client, pool, memory_bytes=options.memory_bytes, parallel=options.parallel)
+        return Ollama(
+            record.name, client, pool,
+            memory_bytes=options.memory_bytes, parallel=options.parallel, pull=options.pull,
+        )  # fmt: skip
     kinds = "llama_cpp, transformers, ollama or openai"
     raise ProviderError(f"provider {record.name!r} has kind {record.kind!r}; it must be {kinds}")
 

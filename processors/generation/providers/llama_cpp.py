@@ -85,6 +85,10 @@ class LlamaCpp(ChildProvider):
             embeddings=launch.pooling is not None,
         )
 
+    async def version(self, model: Model) -> str:
+        """By size and time of the model's files."""
+        return llama_facts.version(llama_models.resolve(model.backend_tag, self._model_dir))
+
     async def embed(self, model: Model, texts: builtins.list[str]) -> builtins.list[builtins.list[float]]:
         """One vector a text, if the provider's option `embeddings` is on."""
         if self._options.embeddings is None:

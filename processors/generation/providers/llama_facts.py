@@ -9,7 +9,7 @@ import msgspec
 
 from headrace.errors import ProviderError
 from processors.generation.providers import footprint, llama_models
-from processors.generation.providers.base import ModelFacts
+from processors.generation.providers.base import ModelFacts, files_version, template_digest
 from processors.generation.providers.footprint import Engine, Metadata
 from processors.generation.providers.gguf import Header, NotGGUF, read_header
 from processors.generation.providers.gguf_types import FILE_TYPES
@@ -27,6 +27,14 @@ def read(path: Path) -> Header:
             raise ProviderError(f"{shard} cannot be read: {problem.strerror or problem}") from problem
     tensors = tuple(tensor for header in headers for tensor in header.tensors)
     return msgspec.structs.replace(headers[0], tensors=tensors)
+
+
+def version(path: Path) -> str:
+    """A text that changes when one of a model's files is written anew. Raises `ProviderError`."""
+    try:
+        return files_version(llama_models.shards(path))
+    except OSError as problem:
+        raise ProviderError(f"{path} cannot be read: {problem.strerror or problem}") from problem
 
 
 def facts(
@@ -52,6 +60,7 @@ def facts(
         context_length=meta.number("context_length"),
         layers=meta.layers,
         chat_template=bool(template),
+        template_digest=template_digest(template),
         capabilities=tuple(name for name, has in able.items() if has),
         weight_bytes=weight_bytes,
         bytes=size,

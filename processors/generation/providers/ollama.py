@@ -18,11 +18,13 @@ from typing import cast
 
 import httpx
 import msgspec
-from ollama import AsyncClient, ChatResponse, ShowResponse
+from ollama import AsyncClient, ChatResponse, ListResponse, ShowResponse
 
+from headrace import units
 from headrace.errors import ContextLengthExceeded, ProviderError
 from processors.generation.providers import ollama_body, ollama_facts, parameters
 from processors.generation.providers.base import (
+    DIGEST_DIGITS,
     BackendModel,
     Choices,
     DeviceKind,
@@ -55,12 +57,22 @@ class Ollama(Provider):
     """A server that somebody else runs, and that may load and evict for others too."""
 
     def __init__(
-        self, name: str, client: AsyncClient, pool: Pool, *, memory_bytes: int | None = None, parallel: int = 1
+        self,
+        name: str,
+        client: AsyncClient,
+        pool: Pool,
+        *,
+        memory_bytes: int | None = None,
+        parallel: int = 1,
+        pull: bool = False,
     ) -> None:
         self.name = name
         self.memory_bytes = memory_bytes
         """Memory that the server's machine gives to models; None when leases are not about it."""
         self._parallel = parallel
+        self._pulls = pull
+        self._pulling: dict[str, str] = {}
+        """Models that are being downloaded -> how far."""
         self._client = client
         self._pool = pool
         self._where = f"provider {name!r} ({pool.endpoint})"
@@ -86,15 +98,30 @@ class Ollama(Provider):
         """What the server tells of the model, and the memory it will take there. Raises `ProviderError`."""
         with translated(self._where):
             shown = await self._client.show(model.backend_tag)
-            listed = await self._client.list()
-        sizes = (
-            int(one.size or 0) for one in listed.models if ollama_body.same_model(one.model or "", model.backend_tag)
-        )
-        found = ollama_facts.facts(shown, next(sizes, 0), model.context_length, self._parallel)
+        listed = await self._listed(model.backend_tag)
+        size = int(listed.size or 0) if listed is not None else 0
+        found = ollama_facts.facts(shown, size, model.context_length, self._parallel)
         return found if self.memory_bytes is not None else msgspec.structs.replace(found, bytes=0)
 
+    async def version(self, model: Model) -> str:
+        """The digest that the server tells of the model's manifest. Raises `ProviderError` when it is not there."""
+        listed = await self._listed(model.backend_tag)
+        if listed is None:
+            raise ProviderError(f"{self._where} has no model {model.backend_tag!r}")
+        return (listed.digest or "")[:DIGEST_DIGITS]
+
+    def progress(self, model: Model) -> str:
+        """How far a download is."""
+        return self._pulling.get(model.id, "")
+
     async def load(self, model: Model, device: str = "") -> LoadedModel:
-        """Bring the model into the server's memory and keep it there. Raises `ProviderError`."""
+        """Bring the model into the server's memory and keep it there; it is downloaded before, with the option `pull`.
+
+        Raises `ProviderError`, also after a download when the model takes more than was granted: it can be loaded now
+        that its size is known.
+        """
+        if self._pulls and await self._listed(model.backend_tag) is None:
+            await self._download(model)
         with translated(self._where):
             shown = await self._client.show(model.backend_tag)
             longest = ollama_body.trained_context(shown.modelinfo)
@@ -175,6 +202,22 @@ class Ollama(Provider):
         with translated(self._where):
             async for step in await self._client.pull(tag, stream=True):
                 progress(step.status or "", step.completed or 0, step.total or 0)
+
+    async def _download(self, model: Model) -> None:
+        def told(status: str, done: int, total: int) -> None:
+            self._pulling[model.id] = ollama_facts.download(status, done, total)
+
+        told("pulling", 0, 0)
+        try:
+            await self.pull(model.backend_tag, told)
+        finally:
+            del self._pulling[model.id]
+        takes = (await self.inspect(model)).bytes
+        if takes > model.bytes > 0:
+            raise ProviderError(
+                f"{self._where}: {model.backend_tag!r} was downloaded; it takes {units.size(takes)} and"
+                f" {units.size(model.bytes)} were granted, so that it is loaded anew"
+            )
 
     async def create(self, tag: str, gguf: Path, progress: Progress) -> None:
         """Make a model on the server out of a GGUF file. Raises `ProviderError`."""
@@ -298,6 +341,12 @@ class Ollama(Provider):
             f"the prompt does not fit the {model.context_length} tokens of model {model.id!r}: shorten it",
             param="messages",
         )
+
+    async def _listed(self, tag: str) -> ListResponse.Model | None:
+        """What the server tells of a model that it has on disk."""
+        with translated(self._where):
+            listed = await self._client.list()
+        return next((one for one in listed.models if ollama_body.same_model(one.model or "", tag)), None)
 
     async def _holds(self, tag: str) -> bool:
         return _held(await self._running(), tag) is not None

@@ -6,13 +6,20 @@ from collections.abc import Mapping
 
 from ollama import ShowResponse
 
+from headrace import units
 from processors.generation.providers import footprint
-from processors.generation.providers.base import ModelFacts
+from processors.generation.providers.base import ModelFacts, template_digest
 from processors.generation.providers.footprint import Engine, Metadata
 
 BATCH_TOKENS = 512
 """Ollama's `num_batch`, which our requests leave as it is."""
-CAPABILITIES = {"completion": "chat", "tools": "tools", "vision": "vision", "embedding": "embeddings"}
+CAPABILITIES = {
+    "completion": "chat",
+    "tools": "tools",
+    "vision": "vision",
+    "thinking": "thinking",
+    "embedding": "embeddings",
+}
 
 
 def facts(shown: ShowResponse, weight_bytes: int, context: int, parallel: int) -> ModelFacts:
@@ -30,8 +37,16 @@ def facts(shown: ShowResponse, weight_bytes: int, context: int, parallel: int) -
         context_length=meta.number("context_length"),
         layers=meta.layers,
         chat_template=template,
+        template_digest=template_digest(shown.template or ""),
         capabilities=able,
         weight_bytes=weight_bytes,
         bytes=footprint.on_server(meta, weight_bytes, Engine(context, parallel, BATCH_TOKENS)),
         load_ms=footprint.load_ms(weight_bytes),
     )
+
+
+def download(status: str, done: int, total: int) -> str:
+    """How far a download is, for people, out of a line of the server's progress."""
+    if not total:
+        return status
+    return f"downloading: {100 * done // total} % of {units.size(total)}"

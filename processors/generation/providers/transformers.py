@@ -79,6 +79,11 @@ class Transformers(ChildProvider):
             found, launch, on_gpu=await self._on_gpu(), own_template=bool(launch.chat_template)
         )
 
+    async def version(self, model: Model) -> str:
+        """By size and time of the folder's files; empty for a name in the hub."""
+        folder = Path(folder_of(model.backend_tag, self._model_dir))
+        return transformers_facts.version(folder) if folder.is_dir() else ""
+
     async def embed(self, model: Model, texts: builtins.list[str]) -> builtins.list[builtins.list[float]]:
         """Refused: this engine generates text."""
         raise UnsupportedParameter(f"provider {self.name!r} serves no embeddings")

@@ -12,7 +12,7 @@ import msgspec
 
 from headrace.errors import ProviderError
 from processors.generation.providers import footprint
-from processors.generation.providers.base import ModelFacts
+from processors.generation.providers.base import ModelFacts, files_version, template_digest
 from processors.generation.providers.transformers_child import Launch
 
 HEADER_LIMIT = 100_000_000
@@ -51,6 +51,14 @@ def read(folder: Path) -> Folder:
         raise ProviderError(f"{folder} is no model: {problem}") from problem
 
 
+def version(folder: Path) -> str:
+    """A text that changes when one of a model's files is written anew. Raises `ProviderError`."""
+    try:
+        return files_version(sorted(file for file in folder.iterdir() if file.is_file()))
+    except OSError as problem:
+        raise ProviderError(f"{folder} cannot be read: {problem.strerror or problem}") from problem
+
+
 def facts(folder: Folder, launch: Launch, *, on_gpu: bool, own_template: bool = False) -> ModelFacts:
     """What is known of a model whose engine is started so."""
     text = folder.config.get("text_config")
@@ -71,6 +79,7 @@ def facts(folder: Folder, launch: Launch, *, on_gpu: bool, own_template: bool = 
         context_length=_number(config, "max_position_embeddings"),
         layers=_number(config, "num_hidden_layers"),
         chat_template=bool(folder.template),
+        template_digest=template_digest(folder.template),
         capabilities=("chat",) if chats else (),
         weight_bytes=stored,
         bytes=weights + cache(config, launch, size) + compute(config, launch, size, vocabulary) + process,
