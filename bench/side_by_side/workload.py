@@ -17,15 +17,15 @@ CONTEXT, SLOTS = 1024, 2
 """Tokens of a request, and requests at once, of each model."""
 GREEDY, MODEST, QUIET = "greedy", "modest", "quiet"
 TENANTS = (GREEDY, MODEST, QUIET)
-BURST, BURST_EVERY_S = 6, 10.0
+BURST, BURST_EVERY_S = 4, 12.0
 """The greedy tenant asks so many things at once, so often."""
-RATES = {MODEST: 0.2, QUIET: 0.1}
+RATES = {MODEST: 0.15, QUIET: 0.08}
 """Requests a second of the others, at random (Poisson)."""
-PROMPTS = ((30, 45), (200, 25), (600, 15), (1600, 15))
+PROMPTS = ((30, 50), (150, 25), (500, 10), (1500, 15))
 """Words of a prompt, and how often it has them; the last kind is longer than the context."""
 SPREAD = 0.2
 """Share by which the words vary."""
-ANSWERS = (16, 64)
+ANSWERS = (12, 48)
 """Least and most tokens that are asked for."""
 LEAVING, STAYS_S = 0.15, (0.3, 4.0)
 """Share of callers who leave before the end, and how long they stay."""
