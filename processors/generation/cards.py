@@ -60,8 +60,9 @@ class Cards:
         for gone in self._known.keys() - served.keys():
             if self._known.pop(gone).told is not None:
                 await self._tell(gone, None)
-        for model in served.values():
-            await self._follow(model, *providers[model.provider], loads.get(model.id))
+        # All at once: one provider that hangs delays no other's models.
+        asked = (self._follow(model, *providers[model.provider], loads.get(model.id)) for model in served.values())
+        await asyncio.gather(*asked)
 
     async def _follow(
         self, model: control.Model, record: control.Provider, provider: Provider, load: int | None
