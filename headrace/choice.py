@@ -64,7 +64,7 @@ class Choice(NamedTuple):
 
 
 def standing(model: Model, status: PoolStatus | None, patience_ms: float) -> Standing:
-    """How a model stands by its pool's status (None when that is stale); `patience_ms` is left until the deadline."""
+    """How a model stands by its pool's status (None when that is stale); the request may wait for `patience_ms`."""
     if status is None:
         return Standing(down=Unavailable(f"The pool {model.pool!r} does not answer; try again shortly."))
     if model.id not in status.servable_models:
@@ -79,7 +79,7 @@ def standing(model: Model, status: PoolStatus | None, patience_ms: float) -> Sta
     wait_ms = status.waits_ms.get(model.id, 0)
     if wait_ms > patience_ms:
         wait_s = math.ceil(wait_ms / 1000)
-        why = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request's deadline."
+        why = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request may wait."
         return Standing(wait_ms, Unavailable(why, retry_after_s=wait_s))
     if model.id not in status.ready_models and not model.load_ms:
         wait_ms += UNKNOWN_LOAD_MS

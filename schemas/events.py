@@ -85,6 +85,8 @@ class Routed(msgspec.Struct, omit_defaults=True):
     """
     adapter: str = ""
     """LoRA adapter of the model that is to answer; empty for the model itself."""
+    start_by_ms: int = 0
+    """Unix ms after which an answer need not begin; 0 for the deadline."""
 
 
 INLINE_BODY_BYTES = 64 * 1024

@@ -53,6 +53,7 @@ _OPTIONAL_REQUEST_HEADERS: dict[str, str] = {
     "content-type": "application/json.",
     "hr-resume": "Seconds that the request outlives its last caller.",
     "hr-priority": "interactive, standard (as without it) or batch.",
+    "hr-start-within": "Seconds from acceptance after which an answer need not begin; the deadline without it.",
     "hr-idempotency-key": "The Idempotency-Key, as the caller sent it.",
     "traceparent": "W3C trace context.",
     "hr-replay-of": "The request that this one repeats.",

@@ -50,6 +50,13 @@ class Envelope(msgspec.Struct, frozen=True):
     traceparent: str | None = None
     replay_of: str | None = None
     """`hr-replay-of`: the request that this one repeats, when it was replayed from the dead letters."""
+    start_within_s: float | None = None
+    """`hr-start-within`: seconds from acceptance after which an answer need not begin; None for the deadline."""
+
+    @property
+    def patience_s(self) -> float:
+        """How long after its acceptance the request may wait for its turn."""
+        return self.deadline_s if self.start_within_s is None else min(self.deadline_s, self.start_within_s)
 
     def headers(self) -> list[tuple[str, bytes]]:
         """The Kafka record headers of this envelope."""
@@ -71,6 +78,8 @@ class Envelope(msgspec.Struct, frozen=True):
             pairs.append(("hr-resume", str(self.resume_s)))
         if self.priority != "standard":
             pairs.append(("hr-priority", self.priority))
+        if self.start_within_s is not None:
+            pairs.append(("hr-start-within", f"{self.start_within_s:g}"))
         for name, value in (
             (IDEMPOTENCY_HEADER, self.idempotency_key),
             ("traceparent", self.traceparent),
@@ -115,6 +124,7 @@ def parse(headers: Headers) -> Envelope:
             idempotency_key=found.get(IDEMPOTENCY_HEADER),
             traceparent=found.get("traceparent"),
             replay_of=found.get("hr-replay-of"),
+            start_within_s=float(found["hr-start-within"]) if "hr-start-within" in found else None,
         )
     except EnvelopeError:
         raise
@@ -122,6 +132,8 @@ def parse(headers: Headers) -> Envelope:
         raise EnvelopeError(f"a header has a wrong value: {error}") from None
     if not 0 < envelope.deadline_s <= MAX_DEADLINE_S:  # NaN is not either
         raise EnvelopeError(f"hr-deadline must be seconds, above 0 and at most {MAX_DEADLINE_S:g}")
+    if envelope.start_within_s is not None and not 0 < envelope.start_within_s <= MAX_DEADLINE_S:
+        raise EnvelopeError(f"hr-start-within must be seconds, above 0 and at most {MAX_DEADLINE_S:g}")
     if envelope.priority not in PRIORITIES:
         raise EnvelopeError(f"hr-priority must be one of {', '.join(PRIORITIES)}")
     return envelope

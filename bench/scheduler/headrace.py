@@ -3,7 +3,7 @@
 `processors.scheduler.policy.step` is the code that runs in the scheduler; here its events come from the simulated
 machine room and its actions go there. Workers report twice a second, and at once when a load has ended or memory is
 free; the policy is woken every 250 ms while anything waits or changes. Nothing takes time on the way between them.
-One thing differs: a request's SLO is told as the time by which it must start, where the agent knows its deadline alone.
+A request's SLO is told as the time by which it must begin, as callers may tell it (`x-hr-start-within`).
 """
 
 from __future__ import annotations

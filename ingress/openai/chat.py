@@ -55,6 +55,12 @@ class Wishes:
     traceparent: str | None
     priority: str | None
     """None where no header names one."""
+    start_within_s: float | None
+
+    @property
+    def patience_s(self) -> float:
+        """How long the request may wait for its turn."""
+        return self.deadline_s if self.start_within_s is None else min(self.deadline_s, self.start_within_s)
 
 
 def wishes(request: Request, default_deadline_s: float) -> Wishes:
@@ -68,21 +74,28 @@ def wishes(request: Request, default_deadline_s: float) -> Wishes:
         if not (text.isascii() and text.isdecimal()) or int(text) > MAX_RESUME_S:
             raise InvalidRequest(f"x-hr-resume must be whole seconds from 0 to {MAX_RESUME_S}.", param="x-hr-resume")
         resume_s = int(text)
-    deadline_s = default_deadline_s
-    if (text := headers.get("x-request-timeout")) is not None:
-        try:
-            deadline_s = float(text)
-        except ValueError:
-            deadline_s = -1.0
-        if not 0 < deadline_s <= MAX_DEADLINE_S:
-            raise InvalidRequest(
-                f"x-request-timeout must be seconds, above 0 and at most {MAX_DEADLINE_S:g}.", param="x-request-timeout"
-            )
+    deadline_s = _seconds(request, "x-request-timeout") or default_deadline_s
     priority = headers.get("x-hr-priority")
     if priority is not None and priority not in PRIORITIES:
         raise InvalidRequest(f"x-hr-priority must be one of {', '.join(PRIORITIES)}.", param="x-hr-priority")
     trace = headers.get("traceparent", "")
-    return Wishes(key, resume_s, deadline_s, trace if _TRACEPARENT.match(trace) else None, priority)
+    return Wishes(
+        key, resume_s, deadline_s, trace if _TRACEPARENT.match(trace) else None, priority,
+        start_within_s=_seconds(request, "x-hr-start-within"),
+    )  # fmt: skip
+
+
+def _seconds(request: Request, name: str) -> float | None:
+    """The time that a header gives; None without it. Raises `InvalidRequest`."""
+    if (text := request.headers.get(name)) is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= MAX_DEADLINE_S:  # NaN is not either
+        raise InvalidRequest(f"{name} must be seconds, above 0 and at most {MAX_DEADLINE_S:g}.", param=name)
+    return seconds
 
 
 @router.post("/v1/chat/completions")
@@ -128,7 +141,7 @@ def _admit(
         model = allowed_model(key, snapshot, body.model)
         check_context(body, model)
         named = model.id
-    return choose(snapshot, key, body.model, needs(asked), services.pools.standing(wanted.deadline_s)), named
+    return choose(snapshot, key, body.model, needs(asked), services.pools.standing(wanted.patience_s)), named
 
 
 async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> Ticket:
@@ -170,6 +183,7 @@ async def _publish(
         priority=wanted.priority or TIERS.get(body.service_tier or "", "standard"),
         idempotency_key=wanted.idempotency_key,
         traceparent=wanted.traceparent,
+        start_within_s=wanted.start_within_s,
     )
     sending = asyncio.ensure_future(_send(services.producer, request_id, raw, envelope))
     try:

@@ -80,7 +80,7 @@ class Router:
             key = await self._key(request.envelope.key_id)
             await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
         at = now_ms()
-        standing_of = self._pools.standing((request.deadline_ms - at) / 1000)
+        standing_of = self._pools.standing((request.patient_ms - at) / 1000)
         chosen = route(request, now_ms=at, snapshot=snapshot, key=key, standing_of=standing_of)
         if isinstance(chosen, Terminal):
             return [self._outcomes.end(chosen)]

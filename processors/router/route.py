@@ -45,9 +45,14 @@ class Request(NamedTuple):
         return self.accepted_ms + int(self.envelope.deadline_s * 1000)
 
     @property
+    def patient_ms(self) -> int:
+        """Unix ms until which it may wait for its turn."""
+        return self.accepted_ms + int(self.envelope.patience_s * 1000)
+
+    @property
     def late_ms(self) -> int:
         """Unix ms after which it is not routed any more."""
-        return min(self.deadline_ms, self.accepted_ms + MAX_AGE_MS)
+        return min(self.patient_ms, self.accepted_ms + MAX_AGE_MS)
 
     def may_lead_elsewhere(self, snapshot: Snapshot) -> bool:
         """Whether another model than the one named could serve it, so that its key must be known."""
@@ -76,7 +81,7 @@ def route(
 ) -> Choice | Terminal:
     """Choose a request's model, or refuse it; `key` is asked for only where `may_lead_elsewhere`."""
     if now_ms > request.late_ms:
-        gone = DeadlineExceeded("The request waited past its deadline before it could be routed; send it again.")
+        gone = DeadlineExceeded("The request waited for longer than it may before it could be routed; send it again.")
         return refused(request, now_ms, gone, status=Status.EXPIRED)
     try:
         return choose(snapshot, _in_force(key, request), request.asked.model, needs(request.asked), standing_of)
@@ -116,6 +121,7 @@ def routed(request: Request, model: Model, now_ms: int) -> Routed:
         choices=choices(asked),
         continuable=continuable(asked),
         adapter=model.adapter(asked.model),
+        start_by_ms=request.patient_ms if envelope.start_within_s is not None else 0,
     )
 
 

@@ -44,6 +44,8 @@ class AttemptReady:
 
     request_id: str
     attempt: int
+    begun: bool = False
+    """Whether its answer has begun: it goes on, and cannot begin too late any more."""
 
 
 @dataclass(frozen=True, slots=True)

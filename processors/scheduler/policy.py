@@ -72,8 +72,8 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return _cancel(pool, request_id, reason, now_ms)
         case Finished():
             return _finished(pool, event, now_ms)
-        case AttemptReady(request_id, attempt):
-            return _requeue(pool, request_id, attempt, now_ms)
+        case AttemptReady():
+            return _requeue(pool, event, now_ms)
         case Superseded(request_id, attempt):
             return _superseded(pool, request_id, attempt)
         case WorkerSeen(status):
@@ -111,7 +111,7 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     if early is not None:
         return [End(request, Status.CANCELLED, "cancelled", early[1])]
     if now_ms > request.late_ms:
-        return [End(request, Status.EXPIRED, "deadline_exceeded", "The deadline passed before it could be queued.")]
+        return [_too_late(request)]
     model = pool.models.get(request.model)
     if model is None:
         return [End(request, Status.REJECTED, "model_not_found", f"The model {request.model!r} was removed.")]
@@ -122,7 +122,7 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
         return [End(request, Status.REJECTED, "service_unavailable", "Too many requests wait for this model.")]
     if now_ms + (wait_ms := estimated_wait_ms(pool, model)) > request.late_ms:
         wait_s = -(-wait_ms // 1000)
-        message = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request's deadline."
+        message = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request may wait."
         return [End(request, Status.REJECTED, "service_unavailable", message, retry_after_s=wait_s)]
     placement.count_demand(pool, request.model, now_ms)
     actions = _enqueue(pool, request, now_ms)
@@ -150,6 +150,13 @@ def _run_on(pool: Pool, request: Request, at: Stray, now_ms: int) -> list[Action
         lease.strays.discard(request.id)
         lease.running.add(request.id)
     return [Adopt(request, at.worker, at.boot, at.epoch)]
+
+
+def _too_late(request: Request) -> End:
+    message = "The deadline passed while the request waited for its turn."
+    if request.late_ms < request.deadline_ms:
+        message = "The request was to begin by now, and still waited for its turn: nothing was generated."
+    return End(request, Status.EXPIRED, "deadline_exceeded", message)
 
 
 def _too_large(request: Request, model: Model) -> End:
@@ -209,17 +216,19 @@ def _finished(pool: Pool, event: Finished, now_ms: int) -> list[Action]:
     return actions if lease.running else actions + placement.place(pool, now_ms)
 
 
-def _requeue(pool: Pool, request_id: str, attempt: int, now_ms: int) -> list[Action]:
+def _requeue(pool: Pool, ready: AttemptReady, now_ms: int) -> list[Action]:
     """Let a request wait for its next attempt, which is open: what the one before it still says is void."""
     actions: list[Action] = []
-    before = pool.recovering.pop(request_id, None)
+    before = pool.recovering.pop(ready.request_id, None)
     if before is None:
-        before = pool.running.get(request_id)
+        before = pool.running.get(ready.request_id)
         if before is None or not before.yielding:
             return []
         actions += _give_up_slot(pool, before, now_ms)
     request = before.request
-    request.attempt = attempt
+    request.attempt = ready.attempt
+    if ready.begun:
+        request.start_by_ms = 0
     if before.cancel_asked:
         return [*actions, End(request, Status.CANCELLED, "cancelled", "The caller left.")]
     if request.model not in pool.models:
@@ -527,8 +536,11 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
             actions += _lose(pool, running)
     while pool.deadlines and pool.deadlines[0][0] < now_ms:
         _, request_id, model_id = heapq.heappop(pool.deadlines)
-        if (request := pool.queues[model_id].remove(request_id)) is not None:
-            actions.append(End(request, Status.EXPIRED, "deadline_exceeded", "The deadline passed while it waited."))
+        queue = pool.queues[model_id]
+        # One that has begun meanwhile, and waits to go on, has its deadline in the heap too.
+        if (request := queue.get(request_id)) is not None and now_ms > request.late_ms:
+            queue.remove(request_id)
+            actions.append(_too_late(request))
     for running in pool.running.values():
         if now_ms > running.request.deadline_ms:
             actions += _cancel_running(running, "The deadline passed.", Status.EXPIRED)

@@ -47,7 +47,7 @@ class Queue:
         return request_id in self._by_id
 
     def get(self, request_id: str) -> Request | None:
-        """A request that waits here."""
+        """The request with this id; None when it does not wait."""
         return self._by_id.get(request_id)
 
     def add(self, request: Request, *, first: bool = False) -> None:

@@ -347,7 +347,7 @@ class PoolRunner:
         for again in await self._recovery.settle(pairs):
             if (held := self.held.get(again.request_id)) is not None:
                 held.sent = again.sent
-                await self.feed(messages.AttemptReady(again.request_id, again.attempt))
+                await self.feed(messages.AttemptReady(again.request_id, again.attempt, begun=not again.sent.empty))
 
     def _provider_of(self, model_id: str) -> Provider | None:
         model = self.state.models.get(model_id)
@@ -393,6 +393,7 @@ def waiting_request(routed: Routed, at_ms: int) -> Request:
     return Request(
         routed.request_id, routed.tenant, routed.model, at_ms, routed.deadline_ms,
         priority=Priority[routed.priority.upper()], prompt_tokens=routed.prompt_tokens_estimate,
+        start_by_ms=routed.start_by_ms,
     )  # fmt: skip
 
 

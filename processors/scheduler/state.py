@@ -37,7 +37,7 @@ class Request:
     @property
     def late_ms(self) -> int:
         """When it has waited too long."""
-        return self.start_by_ms or self.deadline_ms
+        return min(self.start_by_ms or self.deadline_ms, self.deadline_ms)
 
 
 class LeaseState(StrEnum):

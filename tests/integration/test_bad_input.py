@@ -167,6 +167,8 @@ async def test_a_prompt_over_the_context_by_tokens_is_refused_by_the_worker(
         ({"x-request-timeout": "inf"}, "x-request-timeout"),
         ({"x-request-timeout": "0"}, "x-request-timeout"),
         ({"x-request-timeout": "soon"}, "x-request-timeout"),
+        ({"x-hr-start-within": "0"}, "x-hr-start-within"),
+        ({"x-hr-start-within": "nan"}, "x-hr-start-within"),
         ({"idempotency-key": ""}, None),
         ({"idempotency-key": "x" * 256}, None),
         ({"idempotency-key": "a\tb"}, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -299,6 +300,23 @@ async def test_a_wait_beyond_the_deadline_is_refused_early_and_of_that_model_alo
     wait_s = int(answer.headers["retry-after"])
     assert 2 <= wait_s <= 12
     assert f"is about {wait_s} s" in answer.json()["error"]["message"]
-    other = await api.ask(body(HI, model="bench"), {"x-request-timeout": "1.5"})
+    hurried = await api.ask(body(HI, model="narrow"), {"x-hr-start-within": "1.5"})
+    assert hurried.status_code == 503 and int(hurried.headers["retry-after"]) >= 2, "so is what may wait no longer"
+    other = await api.ask(body(HI, model="bench"), {"x-request-timeout": "1.5", "x-hr-start-within": "1.5"})
     assert other.status_code == 200, "the wait is that of one model"
     assert [(await one).status_code for one in waiting] == [200] * 5
+
+
+async def test_what_did_not_begin_in_time_expires_and_what_did_runs_to_its_end(api: Api) -> None:
+    async with api.open(body(Spec(tokens=40, interval_ms=100), model="narrow"), {"x-hr-start-within": "2"}) as running:
+        await running.until_tokens(1)
+        began = time.monotonic()
+        late = await api.ask(body(HI, model="narrow"), {"x-hr-start-within": "1"})
+        waited_s = time.monotonic() - began
+        whole = await running.rest()
+    error = late.json()["error"]
+    assert (late.status_code, error["code"]) == (504, "deadline_exceeded") and "was to begin by now" in error["message"]
+    assert 1 <= waited_s < 3, "it ended while the other ran"
+    assert whole.done and len(whole.tokens) == 40, "what began in time is not ended by that"
+    life = (await api.get(f"/v1/requests/{late.headers['x-request-id']}")).json()
+    assert life["status"] == "expired"

@@ -30,10 +30,17 @@ def snapshot() -> Snapshot:
     return snapshot_of([msgspec.json.encode(model) for model in MODELS], [], [], 1)
 
 
-def request(model: str = "a", *, accepted_ms: int = NOW, priority: str = "standard", **fields: object) -> Request:
+def request(
+    model: str = "a",
+    *,
+    accepted_ms: int = NOW,
+    priority: str = "standard",
+    start_within_s: float | None = None,
+    **fields: object,
+) -> Request:
     envelope = Envelope(
         request_id="0" * 32, source="/t", time_ms=0, tenant="t", key_id="k", reply_partition=3, digest="d",
-        deadline_s=60, priority=priority,
+        deadline_s=60, priority=priority, start_within_s=start_within_s,
     )  # fmt: skip
     raw = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
     return decode(raw, envelope.headers(), partition=4, offset=5, accepted_ms=accepted_ms)
@@ -89,6 +96,17 @@ def test_what_is_too_old_expires_before_anything_is_chosen() -> None:
     assert isinstance(decided(patient, now_ms=NOW + MAX_AGE_MS), Choice)
     ended = decided(patient, now_ms=NOW + MAX_AGE_MS + 1)
     assert isinstance(ended, Terminal) and ended.status is Status.EXPIRED
+
+
+def test_what_need_not_begin_any_more_is_not_routed_and_its_deadline_stays() -> None:
+    for within_s, until_ms, start_by_ms in ((5.0, 5_000, NOW + 5_000), (None, 60_000, 0), (90.0, 60_000, NOW + 60_000)):
+        asked = request(start_within_s=within_s)
+        found = decided(asked, now_ms=NOW + until_ms)
+        assert isinstance(found, Choice)
+        record = routed(asked, found.model, NOW)
+        assert (record.start_by_ms, record.deadline_ms) == (start_by_ms, NOW + 60_000)
+        ended = decided(asked, now_ms=NOW + until_ms + 1)
+        assert isinstance(ended, Terminal) and ended.status is Status.EXPIRED
 
 
 def test_whether_the_key_must_be_known() -> None:

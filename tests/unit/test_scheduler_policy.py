@@ -762,6 +762,36 @@ def test_a_wait_beyond_the_deadline_is_refused_with_an_honest_estimate() -> None
     assert "about 11 s" in end.message and end.retry_after_s == 11
 
 
+def test_what_need_not_begin_any_more_is_refused_early_or_ends_while_it_waits() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+
+    def hurried(name: str, start_by_ms: int, now_ms: int = 0) -> list[Action]:
+        return step(pool, messages.Arrived(Request(name, "t", "one", now_ms, 10**6, start_by_ms=start_by_ms)), now_ms)
+
+    assert [type(action) for action in hurried("runs", 500)] == [messages.Assign]
+    assert [type(action) for action in hurried("waits", 500)] == [messages.Enqueued]
+    assert step(pool, messages.Tick(), 500) == []
+    [end] = step(pool, messages.Tick(), 501)
+    assert isinstance(end, messages.End) and (end.request.id, end.status) == ("waits", Status.EXPIRED), "and no other"
+    assert end.code == "deadline_exceeded" and "was to begin by now" in end.message
+    [gone] = hurried("gone", 500, now_ms=501)
+    assert isinstance(gone, messages.End) and gone.status is Status.EXPIRED
+    pool.service_ms["one"] = 3_000.0
+    hurried("patient", 0, now_ms=501)
+    [refused] = hurried("cannot", 2_500, now_ms=501)
+    assert isinstance(refused, messages.End) and (refused.status, refused.retry_after_s) == (Status.REJECTED, 3)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_an_answer_that_began_in_time_may_go_on_late(begun: bool) -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    step(pool, messages.Arrived(Request("r", "t", "one", 0, 10**6, start_by_ms=20_000)), 0)
+    step(pool, messages.Tick(), 10_000)  # the worker was silent: its request is lost
+    actions = step(pool, messages.AttemptReady("r", 2, begun=begun), 10_000) + step(pool, messages.Tick(), 20_001)
+    ends = [action.status for action in actions if isinstance(action, messages.End)]
+    assert (ends, "r" in pool.queue("one")) == ([] if begun else [Status.EXPIRED], begun)
+
+
 def test_a_stray_is_cancelled_by_its_number_so_that_its_successor_there_is_not() -> None:
     pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
     step(pool, messages.Arrived(Request("r", "t", "one", 0, 10**9)), 0)

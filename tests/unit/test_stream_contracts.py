@@ -132,7 +132,7 @@ def test_merging_keeps_texts_tokens_order_and_the_last_seq(shape: list[tuple[Kin
 FULL = Envelope(
     request_id="0" * 31 + "a", source="/s", time_ms=1_700_000_000_123, tenant="mandant-ü", key_id="k",
     reply_partition=3, digest="d" * 64, deadline_s=12.5, resume_s=30, priority="batch",
-    idempotency_key="käse", traceparent="00-1", replay_of="b" * 32,
+    idempotency_key="käse", traceparent="00-1", replay_of="b" * 32, start_within_s=2.5,
 )  # fmt: skip
 
 
@@ -160,6 +160,7 @@ def test_a_missing_header_is_named(name: str) -> None:
         ("ce_id", b"A" * 32), ("ce_id", b"0" * 31), ("ce_type", b"other"), ("ce_time", b"yesterday"),
         ("hr-reply-partition", b"three"), ("hr-deadline", b"soon"), ("hr-resume", b"1.5"), ("hr-tenant", b"\xff"),
         ("hr-deadline", b"nan"), ("hr-deadline", b"inf"), ("hr-deadline", b"0"), ("hr-deadline", b"-1"),
+        ("hr-start-within", b"soon"), ("hr-start-within", b"0"), ("hr-start-within", b"nan"),
         ("hr-priority", b"urgent"), ("hr-priority", b"BATCH"),
     ],
 )  # fmt: skip
