@@ -401,6 +401,20 @@ class ModelCard(msgspec.Struct, omit_defaults=True):
     weight_bytes: int = 0
 
 
+class Trainer(msgspec.Struct, omit_defaults=True):
+    """A training job on a worker; it is shown, once it was begun or refused, until the job is begun there anew."""
+
+    job: str
+    epoch: int
+    device: str
+    bytes: int
+    """What it was granted."""
+    notice_ms: int = 0
+    """How long it takes to write its checkpoint and leave."""
+    left: bool = False
+    """Whether its process is gone and its memory is free."""
+
+
 class WorkerStatus(msgspec.Struct, omit_defaults=True):
     """A worker's heartbeat (`worker.status`, key: worker)."""
 
@@ -422,6 +436,7 @@ class WorkerStatus(msgspec.Struct, omit_defaults=True):
     """Of the models that would take memory of its devices: estimated, or measured when they were loaded."""
     broken: dict[str, str] = {}
     """Providers whose circuit breaker is open here -> why; it is to be given no work for them."""
+    trainers: list[Trainer] = []
 
 
 class ModelState(msgspec.Struct, omit_defaults=True):

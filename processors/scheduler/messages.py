@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from processors.scheduler.state import Request, Running
+from processors.scheduler.state import Job, Request, Running
 from schemas.control import Model
 from schemas.events import Status, WorkerStatus
 
@@ -116,6 +116,27 @@ class ReleaseAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingAsked:
+    """A job wants memory until it is done."""
+
+    job: Job
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingDone:
+    """A job has ended, or nobody wants it any more."""
+
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingGranted:
+    worker: str
+    job: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
@@ -135,6 +156,9 @@ Event = (
     | ModelsChanged
     | WeightsChanged
     | Wish
+    | TrainingAsked
+    | TrainingDone
+    | TrainingGranted
     | Tick
 )
 
@@ -252,6 +276,69 @@ class Recover:
     """Why, where its worker was not lost."""
 
 
+@dataclass(frozen=True, slots=True)
+class GrantTraining:
+    """Append a granted lease of a job; its offset comes back as `TrainingGranted`."""
+
+    worker: str
+    boot: str
+    job: str
+    device: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class BeginTraining:
+    """Let a job train from its last checkpoint, within the bytes that it was granted."""
+
+    worker: str
+    boot: str
+    job: str
+    epoch: int
+    device: str
+    bytes: int
+    notice_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NoticeTraining:
+    """Have a job write its checkpoint and leave; who is still there at `by_ms` (Unix ms) is to be ended."""
+
+    worker: str
+    boot: str
+    job: str
+    epoch: int
+    by_ms: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingMoved:
+    """A job's lease changed its state; to be published."""
+
+    worker: str
+    boot: str
+    job: str
+    epoch: int
+    state: str
+    bytes: int
+    device: str
+    reason: str = ""
+
+
+TrainingAction = GrantTraining | BeginTraining | NoticeTraining | TrainingMoved
 Action = (
-    SendTerm | Grant | Load | Unload | LeaseMoved | Enqueued | Assign | Adopt | ReadLog | CancelRunning | End | Recover
+    SendTerm
+    | Grant
+    | Load
+    | Unload
+    | LeaseMoved
+    | Enqueued
+    | Assign
+    | Adopt
+    | ReadLog
+    | CancelRunning
+    | End
+    | Recover
+    | TrainingAction
 )

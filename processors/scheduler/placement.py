@@ -8,6 +8,9 @@ cheapest set of held models that suffices is drained: idle ones first, by what i
 model in use gives way only to a queue that is about to wait for longer than W_max: in simulation (`bench/scheduler`)
 each rule by which it gave way sooner cost more in loads than it won. The memory of pinned models, and memory that is
 not seen to be free, is never granted.
+
+Training jobs are lent what is left: free memory, and that of idle models that nobody has asked for for minutes. They
+are given notice before a model that may still be of use gives way, if the wait for their checkpoint costs less.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from processors.scheduler import training
 from processors.scheduler.messages import Action, Grant, LeaseMoved, Unload
-from processors.scheduler.state import Lease, LeaseState, Pool, Taking, Worker
+from processors.scheduler.state import Job, Lease, LeaseState, Pool, Taking, TrainingLease, Worker
 from processors.scheduler.yielding import gives_way, yield_slots
 from schemas.control import Model
 
@@ -26,6 +30,8 @@ RELOAD_AFTER_MS = 5_000
 RELEASE_TIMEOUT_MS = 30_000
 """A worker that does not show the memory free after this long has it quarantined."""
 DEMAND_HALF_LIFE_MS = 60_000
+FORGOTTEN = 1 / 16
+"""Demand below which an idle model's memory is lent to training: one request four minutes ago."""
 
 
 class Place(NamedTuple):
@@ -149,6 +155,8 @@ def place(pool: Pool, now_ms: int) -> list[Action]:
     for model in pool.models.values():
         if model.id in pool.queues and _short_of_slots(pool, model):
             planner.widen(model)
+    for job in training.waiting(pool):
+        planner.lend(job)
     return planner.actions
 
 
@@ -235,6 +243,18 @@ class _Planner:
                 self._active.setdefault(spot, []).append(lease)
                 busy = _busy(pool, lease)
                 self._use[lease.worker, lease.model] = busy + (busy and not gives_way(pool, lease))
+        self._training: dict[Place, list[TrainingLease]] = {}
+        """Leases of jobs that may be given notice."""
+        self._training_leaves: set[Place] = set()
+        """Devices on which jobs were given notice."""
+        for trainer in pool.trainers.values():
+            spot = self._spot(trainer.worker, trainer.device)
+            self._free[spot] -= trainer.bytes
+            if trainer.state is LeaseState.DRAINING:
+                self._leaving[spot] += trainer.bytes
+                self._training_leaves.add(spot)
+            elif trainer.state is not LeaseState.QUARANTINED:
+                self._training.setdefault(spot, []).append(trainer)
 
     def _spot(self, worker: str, device: str) -> Place:
         return Place("" if device in self._shared else worker, device)
@@ -245,6 +265,7 @@ class _Planner:
             missing = -free - self._leaving[spot]
             if missing <= 0 or not spot.device:
                 continue
+            missing -= self._end_training(spot, missing, "its device has less memory than is held")
             idle = [lease for lease in self._active.get(spot, ()) if not self._in_use(lease)]
             for lease in sorted(idle, key=lambda lease: self._cost(lease) / lease.bytes):
                 if missing > 0:
@@ -265,15 +286,53 @@ class _Planner:
         if fitting:
             leases = Counter(worker for worker, _ in self._pool.leases)
             self._ask(model, *min(fitting, key=lambda place: (self._free[self._spot(*place)], leases[place.worker])))
-        elif wish.may_evict and places:
-            self._make_room(wish, sorted({self._spot(*place) for place in places}))
+        elif places:
+            spots = sorted({self._spot(*place) for place in places})
+            if wish.may_evict:
+                self._make_room(wish, spots)
+            else:
+                self._have_training_leave(spots, model)
 
     def widen(self, model: Model) -> None:
         """Serve a model with more waiting than slots from further workers, where that takes nothing from others."""
-        for place in self._places(model):
+        places = list(self._places(model))
+        for place in places:
             if self._free[self._spot(*place)] >= model.bytes:
                 self._ask(model, *place)
                 return
+        self._have_training_leave([self._spot(*place) for place in places], model)
+
+    def lend(self, job: Job) -> None:
+        """Let a job train in memory that nobody wants or is likely to want soon."""
+        spots = [Place(worker, device) for worker, device in training.devices(self._pool, job)]
+        fitting = [spot for spot in spots if self._free[spot] >= job.bytes]
+        if fitting:
+            spot = min(fitting, key=lambda spot: (self._free[spot], spot))
+            self._free[spot] -= job.bytes
+            self.actions += training.grant(self._pool, job, self._pool.workers[spot.worker], spot.device, self._now)
+            return
+        for spot in spots:
+            if self._free[spot] + self._leaving[spot] >= job.bytes:
+                self._free[spot] -= job.bytes
+                return
+            forgotten = [lease for lease in self._active.get(spot, ()) if self._forgotten(lease)]
+            if self._free[spot] + self._leaving[spot] + sum(lease.bytes for lease in forgotten) >= job.bytes:
+                forgotten.sort(key=lambda lease: (lease.used_ms, lease.model))
+                for lease in forgotten:
+                    if self._free[spot] + self._leaving[spot] < job.bytes:
+                        self._drain(spot, lease, f"nobody asks for it, and {job.id} can train")
+                self._free[spot] -= job.bytes
+                return
+
+    def _forgotten(self, lease: Lease) -> bool:
+        """Whether a model is idle, was not asked for for minutes, and is not to be at hand."""
+        model = self._pool.models.get(lease.model)
+        kept = model is not None and _at_hand(self._pool, model)
+        turn_ms = self._now - max(lease.moved_ms, lease.used_ms)
+        rested = turn_ms >= DEMAND_HALF_LIFE_MS
+        return (
+            rested and not kept and not self._in_use(lease) and demand(self._pool, lease.model, self._now) < FORGOTTEN
+        )
 
     def _workers(self, model: Model) -> Iterator[tuple[str, Worker]]:
         """Workers that may be given the model and have no lease on it."""
@@ -309,6 +368,10 @@ class _Planner:
 
     def _make_room(self, wish: _Wish, places: list[Place]) -> None:
         """Wait for memory that is on its way back, else drain the cheapest set that suffices."""
+        # What comes back may come late; no job trains in the meantime where a queue is late too.
+        leaves = bool(self._training_leaves.intersection(places))
+        if wish.late and not leaves and self._have_training_leave(places, wish.model):
+            return
         for spot in places:
             if self._free[spot] + self._leaving[spot] >= wish.model.bytes:
                 self._free[spot] -= wish.model.bytes
@@ -316,6 +379,13 @@ class _Planner:
         # Loads share the drive and the bus of a device: what made room now would be missed before the load begins.
         idle = [spot for spot in places if wish.late or spot not in self._loading]
         options = [(spot, chosen) for spot in idle if (chosen := self._victims(wish, spot)) is not None]
+        if self._training:
+            best = min((self._price(chosen) for _, chosen in options), default=(True, 0.0))
+            worth = [spot for spot in places if best >= (False, self._notice_price(wish, spot))]
+            if self._have_training_leave(worth, wish.model):
+                return
+            if not options:
+                options = self._all_together(wish, idle)
         if not options:
             return
         spot, victims = min(options, key=lambda option: (sum(map(self._cost, option[1])), option[0]))
@@ -324,6 +394,50 @@ class _Planner:
             self._drain(spot, lease, f"makes room for {wish.model.id}")
             if not wish.batch_only:
                 self.actions += yield_slots(self._pool, [lease], len(lease.running))
+
+    def _price(self, victims: list[Lease]) -> tuple[bool, float]:
+        """Whether a model in use would give way, and the expected cost in milliseconds of waiting requests."""
+        return any(self._in_use(lease) for lease in victims), sum(map(self._cost, victims))
+
+    def _notice_price(self, wish: _Wish, spot: Place) -> float:
+        """What it costs those who wait that a trainer writes its checkpoint first, in the same unit."""
+        return max((lease.notice_ms for lease in self._training.get(spot, ())), default=0) * max(1, wish.waiting)
+
+    def _have_training_leave(self, spots: list[Place], model: Model) -> bool:
+        """Give notice to jobs, and keep their bytes for a model, where that suffices; whether it does anywhere."""
+        for spot in spots if self._pool.trainers else ():
+            missing = model.bytes - self._free[spot] - self._leaving[spot]
+            trains = self._training.get(spot, [])
+            concerned = trains or spot in self._training_leaves
+            if concerned and sum(lease.bytes for lease in trains) >= missing:
+                self._end_training(spot, missing, f"makes room for {model.id}")
+                self._free[spot] -= model.bytes
+                return True
+        return False
+
+    def _all_together(self, wish: _Wish, spots: list[Place]) -> list[tuple[Place, list[Lease]]]:
+        """A device where jobs and models suffice only together: its jobs are given notice; the models to drain."""
+        for spot in spots:
+            trained = sum(lease.bytes for lease in self._training.get(spot, ()))
+            self._leaving[spot] += trained
+            victims = self._victims(wish, spot)
+            self._leaving[spot] -= trained
+            if victims is not None:
+                self._end_training(spot, trained, f"makes room for {wish.model.id}")
+                return [(spot, victims)]
+        return []
+
+    def _end_training(self, spot: Place, missing: int, reason: str) -> int:
+        """Give notice to the jobs that began last until enough is on its way back; returns how much that is."""
+        found = 0
+        for lease in sorted(self._training.get(spot, ()), key=lambda lease: (-lease.moved_ms, lease.job)):
+            if found < missing:
+                found += lease.bytes
+                self._training[spot].remove(lease)
+                self._training_leaves.add(spot)
+                self._leaving[spot] += lease.bytes
+                self.actions += training.notice(self._pool, lease, self._now, reason)
+        return found
 
     def _drain(self, spot: Place, lease: Lease, reason: str) -> None:
         self._active[spot].remove(lease)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from processors.scheduler import placement, wishes, yielding
+from processors.scheduler import placement, training, wishes, yielding
 from processors.scheduler.messages import (
     Action,
     Adopt,
@@ -36,6 +36,9 @@ from processors.scheduler.messages import (
     SendTerm,
     Superseded,
     Tick,
+    TrainingAsked,
+    TrainingDone,
+    TrainingGranted,
     UnloadAsked,
     WeightsChanged,
     WorkerSeen,
@@ -95,6 +98,13 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return []
         case LoadAsked() | UnloadAsked() | ReleaseAsked():
             return wishes.obey(pool, event, now_ms) + _serve(pool, now_ms)
+        case TrainingAsked(job):
+            training.ask(pool, job)
+            return _serve(pool, now_ms)
+        case TrainingDone(job_id):
+            return training.done(pool, job_id, now_ms)
+        case TrainingGranted():
+            return training.granted(pool, event, now_ms)
         case Tick():
             return _tick(pool, now_ms)
     assert_never(event)
@@ -270,6 +280,7 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     first = known is None or not known.trusted
     actions += _adopt(pool, status, now_ms)
     actions += _see_freed(pool, status)
+    actions += training.seen(pool, status, now_ms)
     if first:
         actions += _reconcile(pool, status)
     actions += _progress(pool, status, now_ms)
@@ -434,7 +445,7 @@ def _superseded(pool: Pool, request_id: str, attempt: int) -> list[Action]:
 def _lose_boot(pool: Pool, worker: Worker) -> list[Action]:
     """A worker's process is gone: its leases end, its requests are recovered."""
     name, boot = worker.status.worker, worker.status.boot
-    actions: list[Action] = []
+    actions = training.lose_boot(pool, name, boot)
     for place, lease in list(pool.leases.items()):
         if place[0] == name and lease.boot == boot:
             del pool.leases[place]
@@ -463,7 +474,8 @@ def _serve(pool: Pool, now_ms: int) -> list[Action]:
     if pool.taking is not Taking.TAKEN:
         return []
     actions = [
-        *wishes.settle(pool, now_ms), *placement.time_out(pool, now_ms), *placement.place(pool, now_ms),
+        *wishes.settle(pool, now_ms), *placement.time_out(pool, now_ms), *training.time_out(pool, now_ms),
+        *placement.place(pool, now_ms),
     ]  # fmt: skip
     for model_id in pool.queues:
         actions += _dispatch(pool, model_id, now_ms)

@@ -102,6 +102,38 @@ class Lease:
         return self.state in (LeaseState.REQUESTED, LeaseState.LOADING, LeaseState.ACTIVE)
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training job that wants memory."""
+
+    id: str
+    bytes: int
+    """A fixed number: all that it will take."""
+    notice_ms: int
+    """How long it takes to write its checkpoint and leave; half of W_max at most is waited for."""
+    device: str = ""
+    """Id of the device that it must have; empty for any."""
+
+
+@dataclass(slots=True)
+class TrainingLease:
+    """The right of a job to train in the memory of a device until somebody needs it."""
+
+    worker: str
+    boot: str
+    job: str
+    device: str
+    bytes: int
+    notice_ms: int
+    epoch: int | None = None
+    """None until the grant is durable."""
+    state: LeaseState = LeaseState.REQUESTED
+    moved_ms: int = 0
+    """When it came into its state."""
+    by_ms: int = 0
+    """When its notice ends."""
+
+
 @dataclass(slots=True)
 class Running:
     """A request on a worker."""
@@ -215,6 +247,10 @@ class Pool:
     """Models that an operator wants loaded -> when that is given up."""
     parked: set[str] = field(default_factory=set)
     """Models that an operator had unloaded, and that nobody has asked for since."""
+    jobs: dict[str, Job] = field(default_factory=dict)
+    """Training jobs that want memory, by id, in the order in which they asked."""
+    trainers: dict[tuple[str, str], TrainingLease] = field(default_factory=dict)
+    """By (worker, job)."""
     released: dict[tuple[str, str], int] = field(default_factory=dict)
     """(worker, model) -> epoch of a lease whose bytes are free by an operator's word."""
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from processors.scheduler import messages, policy, wishes
 from processors.scheduler.messages import Action, Event
-from processors.scheduler.state import LeaseState, Limits, Pool, Request, Running, Taking
+from processors.scheduler.state import Job, LeaseState, Limits, Pool, Request, Running, Taking
 from schemas.control import Model
-from schemas.events import Device, Priority, Resident, RunningAttempt, Status, WorkerStatus
+from schemas.events import Device, Priority, Resident, RunningAttempt, Status, Trainer, WorkerStatus
 
 SIZE = 10
 """Bytes of each machine's device."""
@@ -25,7 +25,9 @@ MODELS = {
 LIMITS = Limits(max_wait_ms=3_000)
 """So short that models in use have to give way."""
 WORKERS = ("w1", "w2")
+JOBS = {"small": Job("small", 3, 500), "big": Job("big", 4, 1_000), "there": Job("there", 2, 60_000, device="d")}
 TENANTS = ("a", "b", "c")
+TRAINS = (LeaseState.REQUESTED, LeaseState.LOADING, LeaseState.ACTIVE)
 GONE = ("failed", "ghost")
 SHOWN = {"ghost": "unloading"}
 _LATER = {
@@ -57,9 +59,15 @@ class Machine:
     """Model -> (epoch, state); all take memory but failed ones and ghosts: gone, and shown as if they were not."""
     running: dict[tuple[str, int], tuple[str, int]] = field(default_factory=dict)
     """(request, attempt) -> (model, tokens so far)."""
+    trainers: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Job -> (epoch, `trains`, `saves` after its notice, or `left`)."""
 
     def used(self) -> int:
-        return sum(MODELS[model].bytes for model, (_, state) in self.resident.items() if state not in GONE)
+        held = sum(MODELS[model].bytes for model, (_, state) in self.resident.items() if state not in GONE)
+        return held + self.trained()
+
+    def trained(self) -> int:
+        return sum(JOBS[job].bytes for job, (_, state) in self.trainers.items() if state != "left")
 
 
 class Broken(AssertionError):
@@ -90,7 +98,9 @@ class World:
         self.given: dict[str, int] = {}
         self.opened: dict[str, int] = {}
         self.live: set[str] = set()
-        self.grants: list[messages.Grant] = []
+        self.grants: list[messages.Grant | messages.GrantTraining] = []
+        self.jobs: set[str] = set()
+        """Jobs that are asked for and not done."""
         self.recoveries: list[messages.Recover] = []
         self.later: list[str] = []
         self.unread: list[str] = []
@@ -117,7 +127,12 @@ class World:
                 self.command(worker, replace(action, request=replace(request)))  # as it is now
             case messages.SendTerm() | messages.Load() | messages.Unload() | messages.CancelRunning():
                 self.command(action.worker, action)
-            case messages.Grant():
+            case messages.BeginTraining():
+                self.command(action.worker, action)
+            case messages.NoticeTraining(worker, _, job, _, by_ms):
+                hold(by_ms >= self.now + min(JOBS[job].notice_ms, LIMITS.max_wait_ms // 2), "a notice is too short")
+                self.command(worker, action)
+            case messages.Grant() | messages.GrantTraining():
                 self.grants.append(action)
             case messages.End(request, status, _, _):
                 unread = self.pool.taking is not Taking.TAKEN and request.id in self.later
@@ -127,7 +142,7 @@ class World:
                 self.recoveries.append(action)
             case messages.ReadLog():
                 self.reads = True
-            case messages.Enqueued() | messages.LeaseMoved() | messages.Adopt():
+            case messages.Enqueued() | messages.LeaseMoved() | messages.Adopt() | messages.TrainingMoved():
                 pass
 
     def command(self, worker: str, action: Action) -> None:
@@ -162,6 +177,15 @@ class World:
                     machine.running[request.id, request.attempt] = (request.model, 0)
                 else:
                     self.finish(request.id, request.attempt, Status.FAILED)
+            case messages.BeginTraining(_, boot, job, epoch, _, size) if boot == str(machine.boot):
+                last, state = machine.trainers.get(job, (-1, "left"))
+                hold(epoch > last and state == "left", "a job trains twice on a worker")
+                hold(size == JOBS[job].bytes, "a job has what it asked for")
+                machine.trainers[job] = (epoch, "trains")
+                hold(machine.used() <= SIZE, f"oversold: {machine.resident}, {machine.trainers}")
+            case messages.NoticeTraining(_, boot, job, epoch) if boot == str(machine.boot):
+                if machine.trainers.get(job) == (epoch, "trains"):
+                    machine.trainers[job] = (epoch, "saves")
             case messages.CancelRunning(request_id, _, _, status):
                 hold(request_id not in self.unread, "what is asked for again is ended")
                 for attempt in [key for key in machine.running if key[0] == request_id]:
@@ -222,6 +246,25 @@ class World:
         self._gone_unseen(machine)
         machine.alive = False
         machine.running.clear()
+        machine.trainers.clear()
+
+    def train(self, job: str) -> None:
+        """A job is asked for."""
+        self.jobs.add(job)
+        self.excuses += len(MODELS)  # it may take the place of models that nobody asks for, which are loaded again
+        self.tell(messages.TrainingAsked(JOBS[job]))
+
+    def end_training(self, job: str) -> None:
+        """A job is done, or given up."""
+        self.jobs.discard(job)
+        self.tell(messages.TrainingDone(job))
+
+    def leave(self, name: str) -> None:
+        """Trainers that were given notice have written their checkpoints and are gone."""
+        machine = self.machines[name]
+        for job, (epoch, state) in machine.trainers.items():
+            if state == "saves" and not machine.paused:
+                machine.trainers[job] = (epoch, "left")
 
     def pause(self, name: str) -> None:
         """A worker is stopped, or cut off from the brokers."""
@@ -266,6 +309,10 @@ class World:
             name, str(machine.boot), "default", machine.term, self.now, providers=["p", "q"],
             resident=resident, running=running, stopping=stopping,
             devices=[Device("d", SIZE, ["p"])], fence=machine.fence, broken=machine.broken,
+            trainers=[
+                Trainer(job, epoch, "d", JOBS[job].bytes, JOBS[job].notice_ms, left=state == "left")
+                for job, (epoch, state) in machine.trainers.items()
+            ],
         )  # fmt: skip
         self.tell(messages.WorkerSeen(status))
 
@@ -274,7 +321,10 @@ class World:
         if self.grants:
             granted = self.grants.pop(0)
             self.epoch += 1
-            self.tell(messages.LeaseGranted(granted.worker, granted.model, self.epoch))
+            if isinstance(granted, messages.GrantTraining):
+                self.tell(messages.TrainingGranted(granted.worker, granted.job, self.epoch))
+            else:
+                self.tell(messages.LeaseGranted(granted.worker, granted.model, self.epoch))
 
     def settle(self, name: str, state: str = "active") -> None:
         """Loads end in `state`, unloads have freed their memory."""
@@ -358,6 +408,7 @@ class World:
         while self.now < end:
             self.now = min(end, self.now + policy.DEAF_MS)
             self.tell(messages.Tick())
+            self.check_training()
 
     def take_over(self) -> None:
         """Another scheduler takes the pool: it knows what lives, and learns from heartbeats what is held.
@@ -372,6 +423,8 @@ class World:
         self.grants, self.recoveries, self._states, self.reads = [], [], {}, False
         self.excuses += 2 * len(MODELS)
         wishes.restore(self.pool, wishes.kept(old, 0))
+        for job in sorted(self.jobs):
+            self.tell(messages.TrainingAsked(JOBS[job]), complete=False)
         self.tell(messages.ModelsChanged(dict(MODELS)), complete=False)
         for request_id in sorted(self.live):
             request = self.asked[request_id] = replace(self.asked[request_id])
@@ -408,6 +461,7 @@ class World:
             while self.grants:
                 self.grant()
             self.settle(name)
+            self.leave(name)
         self.heartbeat(name)
 
     # --- what always holds ------------------------------------------------------------------------------------
@@ -429,6 +483,7 @@ class World:
         self._states = {place: (lease.epoch, lease.state) for place, lease in pool.leases.items()}
         for name in WORKERS:
             held = sum(lease.holds for lease in pool.leases.values() if lease.worker == name)
+            held += sum(lease.bytes for lease in pool.trainers.values() if lease.worker == name)
             hold(held <= SIZE, f"{name} is granted {held} of {SIZE} bytes")
         waiting = sum(len(queue) for queue in pool.queues.values())
         for request_id in self.live:
@@ -444,6 +499,30 @@ class World:
             hopeless = bool(known) and all(MODELS[model].provider in status.broken for status in known)
             hold(not (queue and hopeless), f"{model} is waited for, and its provider is broken everywhere")
         hold(self.loads <= 2 * len(self.asked) + self.excuses, f"{self.loads} loads for {len(self.asked)} requests")
+
+    def check_training(self) -> None:
+        """Nobody waits for longer than W_max while jobs train where the model would fit. Raises `Broken` otherwise."""
+        pool = self.pool
+        if pool.taking is not Taking.TAKEN:
+            return
+        for lease in pool.trainers.values():
+            late = lease.state is LeaseState.DRAINING and lease.epoch is not None and self.now > lease.by_ms
+            hold(not late, "a job stays after its notice, and its bytes are counted on")
+        without = [
+            model for model, queue in pool.queues.items() if queue and MODELS[model].bytes and not pool.of_model(model)
+        ]
+        if len(without) != 1:  # Others may have been promised what is seen as free.
+            return
+        [model], oldest = without, pool.queue(without[0]).oldest(batch=False)
+        if oldest is None or any(lease.state is LeaseState.DRAINING for lease in pool.trainers.values()):
+            return
+        for name, worker in pool.workers.items():
+            if worker.offers("p") and self.now - oldest.waiting_ms > LIMITS.max_wait_ms:
+                free = SIZE - sum(lease.holds for lease in pool.leases.values() if lease.worker == name)
+                trainers = [lease for lease in pool.trainers.values() if lease.worker == name]
+                free -= sum(lease.bytes for lease in trainers)
+                train = sum(lease.bytes for lease in trainers if lease.state in TRAINS)
+                hold(not train or free + train < MODELS[model].bytes, f"{model} waits, and jobs train in its place")
 
     def finish_all(self) -> None:
         """With healthy workers every request comes to its end within about a minute. Raises `Broken` otherwise."""
@@ -462,7 +541,22 @@ class World:
         raise Broken(f"never ended: {sorted(self.live)}")
 
     def check_books(self) -> None:
-        """When all is quiet, what the policy counts as held is what the machines hold. Raises `Broken` otherwise."""
+        """When all is quiet, what the policy counts as held is what the machines hold. Raises `Broken` otherwise.
+
+        What trains goes on until its job is done, and then leaves.
+        """
+        for name in WORKERS:
+            self.healthy(name)
+        held_by = {
+            name: {job for job, (_, state) in m.trainers.items() if state != "left"}
+            for name, m in self.machines.items()
+        }
+        hold(all(held <= self.jobs for held in held_by.values()), f"jobs that are done train: {held_by}")
+        for job in sorted(self.jobs):
+            self.end_training(job)
+        for name in WORKERS:
+            self.healthy(name)
+        hold(not self.pool.trainers, f"jobs that are done hold memory: {self.pool.trainers}")
         for name, machine in self.machines.items():
             self.settle(name, "failed")
             self.heartbeat(name)

@@ -10,12 +10,12 @@ from multiprocessing import get_context
 
 import pytest
 
-from processors.scheduler import placement, policy
+from processors.scheduler import placement, policy, training
 from processors.scheduler.messages import Action, Unload
 from processors.scheduler.queues import Queue
 from processors.scheduler.state import Lease, LeaseState, Pool, Request, Worker
 from schemas.events import Priority, Resident, RunningAttempt, WorkerStatus
-from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, Broken, World
+from tests.support.scheduler_world import JOBS, MODELS, TENANTS, WORKERS, Broken, World
 
 STEPS = 1_000_000
 LIFE = 400
@@ -79,8 +79,21 @@ def act(world: World, chance: random.Random) -> None:
         world.take_over()
     elif what < 0.95:
         world.healthy(worker)
+    elif what < 0.97:
+        train(world, worker, chance)
     else:
         world.pass_time(chance.choice((50, 250, 1_000, 7_000)))
+
+
+def train(world: World, worker: str, chance: random.Random) -> None:
+    """A job is asked for, is done, or leaves after its notice."""
+    job = chance.choice(sorted(JOBS))
+    if chance.random() < 0.5:
+        world.leave(worker)
+    elif job in world.jobs:
+        world.end_training(job)
+    else:
+        world.train(job)
 
 
 @pytest.mark.timeout(900)
@@ -146,6 +159,14 @@ def _any_fence(pool: Pool, status: WorkerStatus) -> bool:
     return status.term == pool.term
 
 
+def _free_after_notice(pool: Pool, now_ms: int) -> list[Action]:
+    """A trainer's bytes are given away when its notice has ended, left or not."""
+    for place, lease in list(pool.trainers.items()):
+        if lease.state is LeaseState.DRAINING and now_ms > lease.by_ms:
+            del pool.trainers[place]
+    return []
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "mutant"),
     [
@@ -163,12 +184,16 @@ def _any_fence(pool: Pool, status: WorkerStatus) -> bool:
         (policy, "_reconcile", lambda pool, status: []),
         (policy, "_stray", _adopt_nothing),
         (policy, "STRAYS_MS", -1),
+        (training, "time_out", _free_after_notice),
+        (training, "notice", lambda pool, lease, now_ms, reason: []),
+        (training, "seen", lambda pool, status, now_ms: []),
     ],
     ids=[
         "believe who comes back",
         "skip a fence", "resurrect a victim", "bytes given away too early", "unload what is in use", "forget a queue",
         "keep what the dead held", "forget a lost request", "leak bytes", "forget what is loading", "never free",
         "believe that all still runs", "do not see what runs", "end what is asked for again",
+        "bytes of who trains on given away", "let jobs train on", "lose sight of trainers",
     ],
 )  # fmt: skip
 def test_a_mutant_is_caught(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, mutant: object) -> None:
