@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from headrace import units
 from headrace.toml_lines import line_of, locate
 from schemas import control
+from schemas.events import RAM
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
 DEFAULT_APP = "default"
@@ -110,6 +111,9 @@ class ProviderConfig(_Strict):
             raise ValueError(f'base_url: a provider of kind "{self.kind}" starts its own servers and takes none')
         if self.base_url is not None and "@" in self.base_url:
             raise ValueError("base_url: no user or password in here, it would stand in Kafka; use api_key_env")
+        if self.name == RAM and "memory_bytes" in self.options:
+            taken = f"with memory_bytes its name is that of a device, and {RAM!r} is main memory; choose another"
+            raise ValueError(f"name: {taken}")
         for name, value in self.options.items():
             _check_option(self.kind, name, value)
         return self

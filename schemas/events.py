@@ -351,6 +351,10 @@ class Resident(msgspec.Struct, omit_defaults=True):
     """How far a load is that takes long, such as a download."""
 
 
+RAM = "ram"
+"""Id of main memory as a device; other devices that are not shared are GPUs."""
+
+
 class Device(msgspec.Struct, omit_defaults=True):
     """Memory of a worker that models share."""
 

@@ -8,10 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from schemas.control import Model
-from schemas.events import Device, Need, WorkerStatus
-
-RAM = "ram"
-"""Id of main memory as a device; other devices that are not shared are GPUs."""
+from schemas.events import RAM, Device, Need, WorkerStatus
 
 
 class Sizes:

@@ -240,6 +240,14 @@ def test_adapters_go_with_a_provider_that_loads_them() -> None:
     assert "'smollm2:tone' is the id of models[1] already" in faults(taken)[0]
 
 
+def test_a_provider_whose_memory_is_declared_cannot_be_taken_for_main_memory() -> None:
+    model = '[[models]]\nid = "m"\nprovider = "ram"\nbackend_tag = "t"\n'
+    source = model + '[[providers]]\nname = "ram"\nkind = "ollama"\n'
+    assert parse_config(source).providers[0].name == "ram", "without memory of its own it is no device"
+    [fault] = faults(source + "options = { memory_bytes = 8000000000 }\n")
+    assert "name: with memory_bytes its name is that of a device, and 'ram' is main memory; choose another" in fault
+
+
 def test_all_faults_are_told_at_once_in_the_order_of_the_file() -> None:
     found = faults(GOOD.replace("llama_cpp", "x").replace("preload = false", "prelod = false"))
     assert [fault.split(":")[1] for fault in found] == ["4", "29"]
