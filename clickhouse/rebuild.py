@@ -21,8 +21,9 @@ from clickhouse.client import INSERT_SETTINGS, connect, database_name
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
 from clickhouse.rows import TOPICS, Item, Unreadable, read
-from clickhouse.tables import EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
+from clickhouse.tables import AUDIT_EVENTS, EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
 from headrace.settings import Settings
+from topics.catalogue import AUDIT_EVENTS as AUDIT_TOPIC
 from topics.catalogue import EVENTS as EVENTS_TOPIC
 from topics.catalogue import LEASES, LOG, Topic
 from topics.catalogue import USAGE as USAGE_TOPIC
@@ -43,6 +44,7 @@ _COPIED: tuple[tuple[Table, Topic], ...] = (
     (EVENTS, EVENTS_TOPIC),
     (USAGE, USAGE_TOPIC),
     (LEASE_EVENTS, LEASES),
+    (AUDIT_EVENTS, AUDIT_TOPIC),
 )
 
 Progress = Callable[[int, int], None]
@@ -64,7 +66,7 @@ class Report:
 
 
 async def rebuild(conf: Settings, *, from_scratch: bool = False, progress: Progress | None = None) -> Report:
-    """Rebuild `requests`, `request_events`, `usage` and `lease_events`; `from_scratch` forgets what Kafka has not.
+    """Rebuild all tables but `request_attempts`, which only grows; `from_scratch` forgets what Kafka has not.
 
     Raises `KafkaError` or `ClickHouseError` when one of them is away; the live tables are then as they were, unless
     the exchange had begun.
@@ -74,7 +76,7 @@ async def rebuild(conf: Settings, *, from_scratch: bool = False, progress: Progr
     suffix = f"{_SUFFIX}{time.time_ns() // 1_000_000}"
     client = await connect(conf, timeout_s=3600.0)
     try:
-        async with LogReader(conf.kafka, "rebuild", max_wait_ms=100) as reader:
+        async with LogReader(conf.kafka, "rebuild", max_wait_ms=100, committed=True) as reader:
             work = _Rebuild(client, database, suffix, reader, progress)
             await work.run(from_scratch=from_scratch)
             return work.report

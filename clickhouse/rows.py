@@ -12,7 +12,8 @@ from decimal import ROUND_HALF_EVEN, Context, Decimal
 
 import msgspec
 
-from clickhouse.tables import ATTEMPTS, EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
+from clickhouse.tables import ATTEMPTS, AUDIT_EVENTS, EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
+from schemas.audit import AuditEvent
 from schemas.events import STAGE_RANK, AttemptOpened, ErrorInfo, LeaseEvent, LifecycleEvent, Terminal, UsageEvent
 from topics import catalogue, request_log
 from topics.record import Record
@@ -207,9 +208,31 @@ def lease_row(event: LeaseEvent, record: Record) -> Row:
     )
 
 
+def audit_row(event: AuditEvent, record: Record) -> Row:
+    """Row of `audit_events_raw`. Raises `Unreadable`."""
+    return (
+        _count(event.seq, "seq"),
+        _id(event.hash, "hash"),
+        event.previous,
+        _time(event.at_ms or record.timestamp, "at_ms"),
+        event.command,
+        event.actor,
+        event.action,
+        event.kind,
+        event.key,
+        event.outcome,
+        event.reason,
+        event.refusal,
+        {name: (change.before, change.after) for name, change in event.changes.items()},
+        event.detail,
+        *_source(record),
+    )
+
+
 _usage_decoder = msgspec.json.Decoder(UsageEvent)
 _event_decoder = msgspec.json.Decoder(LifecycleEvent)
 _lease_decoder = msgspec.json.Decoder(LeaseEvent)
+_audit_decoder = msgspec.json.Decoder(AuditEvent)
 
 
 def _log(value: bytes, record: Record) -> tuple[Table, Row]:
@@ -231,14 +254,25 @@ def _lease(value: bytes, record: Record) -> tuple[Table, Row]:
     return LEASE_EVENTS, lease_row(_lease_decoder.decode(value), record)
 
 
+def _audit(value: bytes, record: Record) -> tuple[Table, Row]:
+    return AUDIT_EVENTS, audit_row(_audit_decoder.decode(value), record)
+
+
 _READERS: dict[str, Callable[[bytes, Record], tuple[Table, Row]]] = {
     catalogue.LOG.name: _log,
     catalogue.EVENTS.name: _event,
     catalogue.USAGE.name: _usage,
     catalogue.LEASES.name: _lease,
+    catalogue.AUDIT_EVENTS.name: _audit,
 }
-TOPICS: Sequence[catalogue.Topic] = (catalogue.LOG, catalogue.EVENTS, catalogue.USAGE, catalogue.LEASES)
-"""The topics that become rows."""
+TOPICS: Sequence[catalogue.Topic] = (
+    catalogue.LOG,
+    catalogue.EVENTS,
+    catalogue.USAGE,
+    catalogue.LEASES,
+    catalogue.AUDIT_EVENTS,
+)
+"""The topics that become rows. The last is written in transactions: what one took back must not be read."""
 
 
 def read(record: Record) -> Item:

@@ -163,5 +163,27 @@ LEASE_EVENTS = Table(
     ),
 )
 
-TABLES: tuple[Table, ...] = (ATTEMPTS, REQUESTS, EVENTS, USAGE, LEASE_EVENTS)
+AUDIT_EVENTS = Table(
+    "audit_events_raw",
+    "audit_events",
+    (
+        ("seq", "UInt64"),
+        ("hash", TEXT),
+        ("previous", TEXT),
+        ("at", TIME),
+        ("command", TEXT),
+        ("actor", TEXT),
+        ("action", LABEL),
+        ("kind", LABEL),
+        ("key", TEXT),
+        ("outcome", LABEL),
+        ("reason", TEXT),
+        ("refusal", TEXT),
+        ("changes", "Map(String, Tuple(before String, after String))"),
+        ("detail", "Map(String, String)"),
+        *_SOURCE,
+    ),
+)
+
+TABLES: tuple[Table, ...] = (ATTEMPTS, REQUESTS, EVENTS, USAGE, LEASE_EVENTS, AUDIT_EVENTS)
 """In the order of writing: openings must be durable before the terminals that they void are judged."""

@@ -20,6 +20,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "control": ("apply", "providers", "apps", "keys"),
     "fleet": ("models", "workers", "leases"),
     "topics": ("topics",),
+    "audit": ("audit",),
     "data": ("migrate", "sql", "rebuild", "ledger", "dead-letters"),
 }
 """Modules of `headrace.commands` and their commands, in the order of `--help`; each module has `register(app)`."""

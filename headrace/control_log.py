@@ -10,6 +10,7 @@ from aiokafka import TopicPartition
 
 from headrace.settings import Settings
 from schemas import control
+from schemas.audit import AuditHead
 from schemas.control import RECORDS, Price
 from topics.catalogue import CONTROL_RECORDS, Topic
 from topics.clients import LogReader
@@ -18,7 +19,7 @@ from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
-_TYPES: dict[str, type[control.Record | Price]] = {**RECORDS, "prices": Price}
+_TYPES: dict[str, type[control.Record | Price | AuditHead]] = {**RECORDS, "prices": Price, "audit_heads": AuditHead}
 
 
 class CommittedReader(LogReader):

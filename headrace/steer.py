@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import msgspec
 import uuid_utils
 
+from headrace import audit
 from headrace.errors import Conflict, ModelNotFound, NotFound, Unavailable
 from headrace.fleet import Fleet
 from schemas.control import Model
@@ -61,7 +62,14 @@ def pin(model: Model, *, pinned: bool) -> Model:
 
 
 async def send(producer: Producer, wish: PoolCommand) -> int:
-    """Hand a wish to the pool's scheduler; returns its offset when it is durable. Raises `KafkaError`."""
+    """Write a wish down and hand it to the pool's scheduler; returns its offset when it is durable.
+
+    Raises `KafkaError`, or `Unavailable` when it cannot be written into the audit trail.
+    """
+    worker = {"worker": wish.worker} if wish.worker else {}
+    said = audit.note(wish.kind.value, "models", wish.model, actor=wish.actor, reason=wish.reason, outcome="asked",
+                      pool=wish.pool, wish=wish.id, **worker)  # fmt: skip
+    await audit.record(producer, said)
     written = await producer.send(POOL_COMMANDS.name, msgspec.json.encode(wish), key=wish.pool)
     return int(written.offset)
 

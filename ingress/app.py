@@ -8,6 +8,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace import __version__
 from ingress import http_errors, ops, requests
+from ingress.admin import audit as admin_audit
 from ingress.admin import machines as admin_machines
 from ingress.admin import models as admin_models
 from ingress.openai import chat, models, resume
@@ -51,6 +52,6 @@ def make_app(services: Services) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after"],
         )
-    for module in (chat, resume, models, requests, ops, admin_models, admin_machines):
+    for module in (chat, resume, models, requests, ops, admin_models, admin_machines, admin_audit):
         app.include_router(module.router)
     return app

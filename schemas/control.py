@@ -197,8 +197,9 @@ class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):
     """One change to the control plane, decided on by the control processor alone."""
 
     id: str
+    """New for each; one that comes again is not done again."""
     kind: str
-    """One of `RECORDS`: the compacted topic `control.<kind>` that will hold the result."""
+    """One of `RECORDS`: the compacted topic `control.<kind>` that will hold the result. Or `audit`, for a note."""
     key: str
     """Natural key of the record: the provider's or model's name, the app's or user's id, the API key's SHA-256."""
     value: msgspec.Raw | None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from aiokafka.partitioner import murmur2
 
-from schemas import control, events
+from schemas import audit, control, events
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 """Largest request body that an ingress or a direct publisher may send."""
@@ -192,6 +192,7 @@ CONTROL_COMMANDS = Topic(
     "Wishes to change the control plane; one partition, so one order.",
     schema=control.ControlCommand,
     retention_ms=7 * DAY_MS,
+    append_time=True,
 )
 CONTROL_PROVIDERS = Topic(
     "control.providers",
@@ -213,6 +214,24 @@ CONTROL_PRICES = Topic(
     schema=control.Price,
     cleanup="compact",
 )
+AUDIT_EVENTS = Topic(
+    "audit.events",
+    1,
+    "seq",
+    "Who changed, wished for, looked at or was refused what; one partition, so one chain of hashes.",
+    schema=audit.AuditEvent,
+    retention_ms=400 * DAY_MS,
+    append_time=True,
+)
+AUDIT_HEADS = Topic(
+    "audit.heads",
+    1,
+    "UTC day",
+    "The last audit event of each day, by sequence and hash: what the chain is checked against; kept for ever.",
+    schema=audit.AuditHead,
+    cleanup="compact",
+    append_time=True,
+)
 DEAD_LETTERS = Topic(
     "dead.letters",
     1,
@@ -227,7 +246,7 @@ CATALOGUE: tuple[Topic, ...] = (
     POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS, MODEL_FACTS,
     CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_USERS, CONTROL_KEYS,
     CONTROL_PRICES,
-    DEAD_LETTERS,
+    AUDIT_EVENTS, AUDIT_HEADS, DEAD_LETTERS,
 )  # fmt: skip
 
 

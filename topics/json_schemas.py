@@ -14,14 +14,14 @@ from unittest.mock import patch
 import msgspec
 from msgspec import _json_schema
 
-from schemas import control, events
+from schemas import audit, control, events
 from topics.catalogue import Topic
 from topics.frames import Delta
 
 Schema = dict[str, Any]
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-_MODULES: tuple[ModuleType, ...] = (control, events, sys.modules[Delta.__module__])
+_MODULES: tuple[ModuleType, ...] = (audit, control, events, sys.modules[Delta.__module__])
 
 
 def components(topics: Mapping[str, object], ref: Callable[[str], str]) -> tuple[dict[str, Schema], dict[str, Schema]]:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
+from schemas.audit import AUDIT, AuditNote
 from schemas.control import (
     ADAPTER_KINDS,
     ADAPTER_NAME,
@@ -121,8 +122,8 @@ def decode_command(value: bytes | None) -> ControlCommand:
     command = ControlCommand(
         **{**msgspec.structs.asdict(received), "value": None if deletes else received.value.copy()}
     )
-    if command.kind not in RECORDS:
-        raise ValueError(f"unknown kind {command.kind!r}; known are {', '.join(RECORDS)}")
+    if command.kind not in (*RECORDS, AUDIT):
+        raise ValueError(f"unknown kind {command.kind!r}; known are {', '.join((*RECORDS, AUDIT))}")
     if not command.key:
         raise ValueError("the command has no key")
     return command
@@ -130,6 +131,8 @@ def decode_command(value: bytes | None) -> ControlCommand:
 
 def decide(state: ControlState, command: ControlCommand, *, now_ms: int) -> Decision:
     """What the command does to the control plane; `now_ms` is the time of the command's record."""
+    if command.kind == AUDIT:
+        return _note(command)
     try:
         if command.value is None:
             return _delete(state, command.kind, command.key)
@@ -157,6 +160,15 @@ def decide(state: ControlState, command: ControlCommand, *, now_ms: int) -> Deci
     if held.get(command.key) == record:
         return Accepted(())
     return Accepted((Write(command.kind, command.key, msgspec.json.encode(record)),))
+
+
+def _note(command: ControlCommand) -> Decision:
+    """A note for the audit trail changes nothing."""
+    try:
+        msgspec.json.decode(command.value or b"null", type=AuditNote)
+    except msgspec.DecodeError as error:
+        return Refused(f"note {command.key!r}: {error}")
+    return Accepted(())
 
 
 Born = TypeVar("Born", App, User, Key)

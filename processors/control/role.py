@@ -10,6 +10,8 @@ from aiokafka.errors import KafkaError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from headrace import audit_trail
+from headrace.audit_chain import Place
 from headrace.cancellation import end
 from headrace.control_log import end_offsets, replay_control
 from headrace.errors import Unavailable
@@ -18,8 +20,11 @@ from headrace.projection import CommandOutcome, Outcome, Projection
 from headrace.rebuild import rebuild
 from headrace.redis_client import connect
 from headrace.settings import Settings
+from processors.control.audit import described, held, unreadable
 from processors.control.decide import ControlState, Refused, Write, decide, decode_command
+from processors.control.trail import REMEMBERED, Trail
 from processors.control.writer import TOPICS, Writer
+from schemas.audit import AUDIT
 from topics.agents import AgentRole, Message
 from topics.catalogue import CONTROL_COMMANDS, CONTROL_RECORDS
 from topics.clients import Producer
@@ -43,6 +48,7 @@ class ControlProcessor:
         self._producer = producer
         self._writer: Writer | None = None
         self._state = ControlState()
+        self._trail = Trail(Place())
         self._offsets: dict[str, int] = {}
         """Next offset of each control topic, as the projection should have it."""
         self._owning = asyncio.Event()
@@ -58,8 +64,18 @@ class ControlProcessor:
             replay = await replay_control(self._settings, TOPICS)
             self._state = ControlState.of(replay.records)
             self._offsets = {topic.name: replay.offsets[topic.name] for topic in CONTROL_RECORDS.values()}
+            self._trail = await self._read_trail()
             self._owning.set()
             log.info("control_owned", **{kind: len(held) for kind, held in replay.records.items()})
+
+    async def _read_trail(self) -> Trail:
+        """The audit trail, to be gone on with: its head was written in the transaction of its last event."""
+        heads = await audit_trail.heads(self._settings)
+        end = Place(heads[-1].seq, heads[-1].hash) if heads else Place()
+        newest = await audit_trail.newest(self._settings, REMEMBERED)
+        if newest and Place(newest[-1].seq, newest[-1].hash) != end:
+            log.error("audit_trail_differs", anchored=end.seq, found=newest[-1].seq)  # `audit verify` says where.
+        return Trail(end, newest)
 
     async def revoked(self, _: frozenset[int]) -> None:
         """Stop writing; another member goes on."""
@@ -88,25 +104,44 @@ class ControlProcessor:
         writes: list[Write] = []
         outcomes: list[CommandOutcome] = []
         for message in messages:
-            try:
-                command = decode_command(message.value)
-            except ValueError as error:
-                await bury(self._producer, message, reason=f"not a control command: {error}", role=ROLE)
-                continue
-            decision = decide(self._state, command, now_ms=message.timestamp)
-            if isinstance(decision, Refused):
-                await bury(self._producer, message, reason=f"refused: {decision.reason}", role=ROLE)
-                outcomes.append(CommandOutcome(command.id, "refused", decision.reason))
-                continue
-            for write in decision.writes:
-                self._state.put(write)
-            writes += decision.writes
-            outcomes.append(CommandOutcome(command.id, "applied" if decision.writes else "unchanged"))
-            log.info("command_accepted", command=command.id, kind=command.kind, actor=command.actor)
+            made, outcome = await self._one(message)
+            writes += made
+            if outcome is not None:
+                outcomes.append(outcome)
+        if writes:
+            writes.append(self._trail.head())
         for write, offset in zip(writes, await writer.write(writes), strict=True):
             await self._put_into_force(write, offset)
         for outcome in outcomes:
             await self._tell(outcome)
+
+    async def _one(self, message: Message) -> tuple[list[Write], CommandOutcome | None]:
+        """Decide one command; what is to be written, and what to tell its sender.
+
+        A command that is delivered again, since its reader's progress was lost, is known by its id and not done again.
+        """
+        at_ms = message.timestamp
+        try:
+            command = decode_command(message.value)
+        except ValueError as error:
+            place = f"{message.topic}/{message.partition}/{message.offset}@{at_ms}"
+            if self._trail.outcome(place) is not None:
+                return [], None
+            await bury(self._producer, message, reason=f"not a control command: {error}", role=ROLE)
+            return [self._trail.add(unreadable(place, str(error), at_ms=at_ms))], None
+        known = self._trail.outcome(command.id)
+        if known is not None:
+            return [], known
+        before, decision = held(self._state, command), decide(self._state, command, now_ms=at_ms)
+        event = self._trail.add(described(command, before, decision, at_ms=at_ms))
+        outcome = self._trail.outcome(command.id)
+        if isinstance(decision, Refused):
+            await bury(self._producer, message, reason=f"refused: {decision.reason}", role=ROLE)
+            return [event], outcome
+        for write in decision.writes:
+            self._state.put(write)
+        log.info("command_accepted", command=command.id, kind=command.kind, actor=command.actor)
+        return [*decision.writes, event], outcome if command.kind != AUDIT else None
 
     async def _put_into_force(self, write: Write, offset: int) -> None:
         """Apply a durable record to Redis, for as long as that takes."""

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from aiokafka import AIOKafkaProducer
 
 from processors.control.decide import Write
-from topics.catalogue import CONTROL_PRICES, CONTROL_RECORDS, Topic
+from topics.catalogue import AUDIT_EVENTS, AUDIT_HEADS, CONTROL_PRICES, CONTROL_RECORDS, Topic
 from topics.clients import close
 from topics.cluster import Cluster, start_client
 
-TOPICS: Mapping[str, Topic] = CONTROL_RECORDS | {"prices": CONTROL_PRICES}
+TOPICS: dict[str, Topic] = CONTROL_RECORDS | {"prices": CONTROL_PRICES}
 """The compacted topic of each kind of record that the control processor writes."""
+AUDIT_TOPICS: dict[str, Topic] = {"audit": AUDIT_EVENTS, "audit_heads": AUDIT_HEADS}
+"""Where the same transactions say who did what."""
+_WRITTEN = TOPICS | AUDIT_TOPICS
 TRANSACTIONAL_ID = "headrace-control"
 """One for the whole cluster: whoever starts with it last is the writer, and every earlier one is fenced."""
 TRANSACTION_TIMEOUT_MS = 10_000
@@ -51,7 +54,7 @@ class Writer:
             return []
         async with self._inner.transaction():
             futures = [
-                await self._inner.send(TOPICS[write.kind].name, write.value, key=write.key.encode(), partition=0)
+                await self._inner.send(_WRITTEN[write.kind].name, write.value, key=write.key.encode(), partition=0)
                 for write in writes
             ]
             acknowledged = await asyncio.gather(*futures)

@@ -83,6 +83,7 @@ class Sink:
             max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            isolation_level="read_committed",
             fetch_max_wait_ms=FETCH_WAIT_MS,
             fetch_min_bytes=FETCH_MIN_BYTES,
         )
