@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
+from clickhouse.erasures import scrub
 from clickhouse.inserts import insert
 from clickhouse.rows import Item
 from clickhouse.tables import ATTEMPTS, REQUESTS, TABLES, Table
+from headrace.erasure import Erasures
 
 IDS_PER_QUERY = 2000
 """2000 ids of at most 64 characters stay below `max_query_size`, 256 KiB by default."""
@@ -61,7 +63,11 @@ def _is_void(item: Item, openings: Openings) -> bool:
 class Projection:
     """The tables of one database, or a copy of them under construction."""
 
-    def __init__(self, client: AsyncClient, database: str, *, suffix: str = "") -> None:
+    def __init__(
+        self, client: AsyncClient, database: str, *, suffix: str = "", erasures: Erasures | None = None
+    ) -> None:
+        """What `erasures` mean is not written."""
+        self._erasures = erasures or {}
         self._client = client
         self._database = database
         self._suffix = suffix
@@ -73,7 +79,7 @@ class Projection:
     async def write(self, items: Iterable[Item]) -> Outcome:
         """Insert a batch, durable when this returns. After an error of `clickhouse.errors.Away`, write it again."""
         by_table: dict[Table, list[Item]] = defaultdict(list)
-        for item in items:
+        for item in scrub(items, self._erasures):
             by_table[item.table].append(item)
         outcome = Outcome()
         for table in TABLES:

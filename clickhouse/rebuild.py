@@ -18,10 +18,12 @@ from aiokafka import TopicPartition
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
 from clickhouse.client import INSERT_SETTINGS, connect, database_name
+from clickhouse.erasures import PROJECTION, apply
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
 from clickhouse.rows import TOPICS, Item, Unreadable, read
 from clickhouse.tables import AUDIT_EVENTS, EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
+from headrace.erasure_log import ErasureLog
 from headrace.settings import Settings
 from topics.catalogue import AUDIT_EVENTS as AUDIT_TOPIC
 from topics.catalogue import EVENTS as EVENTS_TOPIC
@@ -76,8 +78,11 @@ async def rebuild(conf: Settings, *, from_scratch: bool = False, progress: Progr
     suffix = f"{_SUFFIX}{time.time_ns() // 1_000_000}"
     client = await connect(conf, timeout_s=3600.0)
     try:
-        async with LogReader(conf.kafka, "rebuild", max_wait_ms=100, committed=True) as reader:
-            work = _Rebuild(client, database, suffix, reader, progress)
+        async with (
+            LogReader(conf.kafka, "rebuild", max_wait_ms=100, committed=True) as reader,
+            ErasureLog(conf, "rebuild") as erased,
+        ):
+            work = _Rebuild(client, database, suffix, reader, erased, progress)
             await work.run(from_scratch=from_scratch)
             return work.report
     finally:
@@ -86,8 +91,15 @@ async def rebuild(conf: Settings, *, from_scratch: bool = False, progress: Progr
 
 class _Rebuild:
     def __init__(
-        self, client: AsyncClient, database: str, suffix: str, reader: LogReader, progress: Progress | None
+        self,
+        client: AsyncClient,
+        database: str,
+        suffix: str,
+        reader: LogReader,
+        erased: ErasureLog,
+        progress: Progress | None,
     ) -> None:
+        self._erased = erased
         self._client = client
         self._database = database
         self._suffix = suffix
@@ -102,14 +114,19 @@ class _Rebuild:
         for table, _ in _COPIED:
             await self._client.command(f"CREATE TABLE {self._copy(table)} AS {self._live(table)}")
         await self._reader.consumer.seek_to_beginning(*self._assignment)
-        await self._fill(Projection(self._client, self._database, suffix=self._suffix))
+        await self._erased.read_on()
+        held = self._erased.erasures
+        await self._fill(Projection(self._client, self._database, suffix=self._suffix, erasures=held))
         if not from_scratch:
             begins = await self._reader.consumer.beginning_offsets(self._assignment)
             for table, topic in _COPIED:
                 await self._carry_over(table, topic, begins)
         for table, _ in _COPIED:
             await self._client.command(f"EXCHANGE TABLES {self._live(table)} AND {self._copy(table)}")
-        await self._fill(Projection(self._client, self._database))
+        # What was asked to be erased meanwhile, sinks may have erased in the tables that are now the old ones.
+        unsure = [one for one in held.values() if PROJECTION not in one.applied]
+        await apply(self._client, self._database, [*unsure, *await self._erased.read_on()])
+        await self._fill(Projection(self._client, self._database, erasures=self._erased.erasures))
         for table, _ in _COPIED:
             await self._client.command(f"DROP TABLE {self._copy(table)} SYNC")
 

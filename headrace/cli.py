@@ -21,6 +21,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "fleet": ("models", "workers", "leases"),
     "topics": ("topics",),
     "audit": ("audit",),
+    "erasure": ("erase", "erasures"),
     "data": ("migrate", "sql", "rebuild", "ledger", "dead-letters"),
 }
 """Modules of `headrace.commands` and their commands, in the order of `--help`; each module has `register(app)`."""

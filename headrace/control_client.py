@@ -17,11 +17,12 @@ from headrace.errors import HeadraceError, Unavailable
 from headrace.projection import Projection
 from headrace.redis_client import connect
 from headrace.settings import Settings
-from schemas.control import RECORDS, App, ControlCommand, Key, Model, Provider, Record, User
+from schemas.control import App, ControlCommand, Erasure, Key, Model, Provider, Record, Replay, User
 from topics.catalogue import CONTROL_COMMANDS
 from topics.clients import Producer
 
 POLL_S = 0.03
+_PLANE = ("providers", "models", "apps", "users", "keys")
 
 
 class CommandsRefused(HeadraceError):
@@ -56,6 +57,10 @@ def command(record: Record, *, actor: str, reason: str = "") -> ControlCommand:
             kind, key = "users", record.id
         case Key():
             kind, key = "keys", record.sha256
+        case Replay():
+            kind, key = "replays", record.letter
+        case Erasure():
+            kind, key = "erasures", record.subject
     return _command(kind, key, msgspec.Raw(msgspec.json.encode(record)), actor, reason)
 
 
@@ -89,7 +94,7 @@ class ControlClient:
         deadline = asyncio.get_running_loop().time() + self._timeout
         while True:
             try:
-                raw = {kind: await self._projection.records(kind) for kind in RECORDS}
+                raw = {kind: await self._projection.records(kind) for kind in _PLANE}
                 break
             except (Unavailable, RedisError, OSError) as error:
                 if asyncio.get_running_loop().time() > deadline:
@@ -110,6 +115,10 @@ class ControlClient:
             users={record.id: record for record in sorted(users, key=lambda record: record.email)},
             keys={record.sha256: record for record in sorted(keys, key=lambda record: (record.app, record.name))},
         )
+
+    async def some(self, kind: str, keys: Sequence[str]) -> list[bytes]:
+        """Those of some records of one kind that are in force, as JSON. Raises `Unavailable`, or `RedisError`."""
+        return await self._projection.some(kind, keys)
 
     async def submit(self, commands: Sequence[ControlCommand]) -> None:
         """Send commands, in order, and return when all are in force.

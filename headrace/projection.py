@@ -1,6 +1,6 @@
 """The control plane in Redis, as it is written: generations of hashes, filled from Kafka and kept by source offset.
 
-Keys: `hr:gen` names the generation in force. Under it stand the hashes `hr:<n>:models|providers|apps|users|keys`
+Keys: `hr:gen` names the generation in force. Under it stand hashes `hr:<n>:<kind>`, one a kind of `CONTROL_RECORDS`
 (natural key -> JSON record), `hr:<n>:key_ids` (id of an API key -> its natural key), `hr:<n>:offsets` (source topic ->
 next offset), the counter `hr:<n>:version` and `hr:<n>:complete`.
 The marker holds the `run_id` of the server it was written to: a server that came back, empty or from an old snapshot,
@@ -10,7 +10,7 @@ has another one, so that its content counts as incomplete until the control proc
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -44,6 +44,10 @@ _READ_OFFSETS = (
 )
 
 _READ_KIND = LUA_STATE + "return {whole, whole == 1 and redis.call('HVALS', 'hr:'..gen..':'..ARGV[1]) or {}}"
+
+_READ_SOME = (
+    LUA_STATE + "return {whole, whole == 1 and redis.call('HMGET', 'hr:'..gen..':'..ARGV[1], unpack(ARGV, 2)) or {}}"
+)
 
 _APPLY = (
     LUA_STATE
@@ -80,7 +84,7 @@ if old then
   end
   version = math.max(version, tonumber(redis.call('GET', 'hr:'..old..':version') or '0') + 1)
 end
-for _, part in ipairs({'models', 'providers', 'apps', 'users', 'keys', 'key_ids', 'offsets'}) do
+for _, part in ipairs({'models', 'providers', 'apps', 'users', 'keys', 'replays', 'erasures', 'key_ids', 'offsets'}) do
   redis.call('PERSIST', base..part)
   if old and old ~= gen then redis.call('UNLINK', 'hr:'..old..':'..part) end
 end
@@ -136,6 +140,7 @@ class Projection:
         self._state = redis.register_script(_READ_OFFSETS)
         self._flip = redis.register_script(_FLIP)
         self._kind = redis.register_script(_READ_KIND)
+        self._some = redis.register_script(_READ_SOME)
 
     async def state(self) -> State:
         """How far the projection is, in one atomic read."""
@@ -156,10 +161,17 @@ class Projection:
 
     async def records(self, kind: str) -> list[bytes]:
         """All records of one kind, as JSON. Raises `Unavailable` when the projection is incomplete."""
-        whole, values = await self._kind(args=[kind])
+        return await self._whole(self._kind(args=[kind]))
+
+    async def some(self, kind: str, keys: Sequence[str]) -> list[bytes]:
+        """Those of some records of one kind that there are, as JSON. Raises `Unavailable` as `records` does."""
+        return await self._whole(self._some(args=[kind, *keys])) if keys else []
+
+    async def _whole(self, reading: Awaitable[tuple[int, list[bytes | str | None]]]) -> list[bytes]:
+        whole, values = await reading
         if not whole:
             raise Unavailable("The control plane is not complete. Is the control role running? Try again in a moment.")
-        return [value.encode() if isinstance(value, str) else value for value in values]
+        return [value.encode() if isinstance(value, str) else value for value in values if value is not None]
 
     async def tell(self, outcome: CommandOutcome) -> None:
         """Let the sender of a command know what became of it."""

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
+from headrace import audit
 from headrace.errors import NotFound, Unavailable
 from ingress.auth import caller
 from ingress.lookup import age_ms
@@ -71,7 +72,18 @@ async def life(request: Request, request_id: str) -> RequestLife:
     tenant = terminal.tenant if terminal is not None else events[0].tenant if events else None
     if tenant is None or (tenant != key.app and key.role != "admin"):
         raise NotFound(f"The request {request_id!r} is not known.")
+    await services.erasures.check(tenant, found, *_sent(events, terminal))
+    if tenant != key.app:
+        said = audit.note("read", "requests", found, actor=f"key {key.id}", tenant=tenant)
+        await audit.record(services.producer, said)
     return describe(found, tenant, events, terminal)
+
+
+def _sent(events: list[LifecycleEvent], terminal: Terminal | None) -> tuple[str, int]:
+    """By which key a request was sent, and when (Unix ms), as far as it is known."""
+    first = next((event for event in events if event.stage == "accepted"), events[0] if events else None)
+    by = terminal.key_id if terminal is not None else str(first.detail.get("key_id", "")) if first is not None else ""
+    return by, first.at_ms if first is not None else terminal.timings.accepted_ms if terminal is not None else 0
 
 
 async def _stored(services: Services, request_id: str) -> list[LifecycleEvent]:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 import structlog
 
+from headrace.erasure import ErasureBook
 from headrace.fleet import FleetReader
 from headrace.model_facts import FactsCache
 from headrace.pools import Pools
@@ -30,6 +31,7 @@ class Services:
         self.settings = settings
         self.redis = connect(settings.redis_url)
         self.registry = Registry(self.redis)
+        self.erasures = ErasureBook(self.redis)
         self.producer = Producer(settings.kafka, settings.instance)
         self.outcomes = Outcomes(self.producer, "ingress", settings.instance)
         self.replies = ReplyReader(settings.kafka, settings.instance)

@@ -193,6 +193,54 @@ class Key(Budgeted, frozen=True, omit_defaults=True):
         return ANY_MODEL in self.allowed_models or model.id in self.allowed_models
 
 
+class Replay(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A dead letter that somebody sends again: first claimed, then sent, so that a retry of one is no other."""
+
+    letter: str
+    """`number/at_ms`: its offset in `dead.letters`, and when it was buried there."""
+    new_id: str
+    """Id of the request that repeats it; of other messages, whose ids stay, of the replay."""
+    digest: str
+    """SHA-256, hex, of the body that is sent."""
+    edited: bool = False
+    sent: bool = False
+    again: bool = False
+    """Whether it is wanted though the letter was replayed before."""
+    times: int = 1
+
+
+REQUEST, APP, USER, KEY = "request", "app", "user", "key"
+ERASED = (REQUEST, APP, USER)
+"""Whose content may be erased. What a user's keys asked for is the user's: an erasure of one erases that of each."""
+
+
+class Erasure(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a request, an app or a user asked and was answered is to be read by nobody, and kept by no projection."""
+
+    subject: str
+    """`request/ID`, `app/ID`, `user/ID`, or `key/ID` for each key of a user."""
+    asked_ms: int = 0
+    """Requests accepted before are meant; of a request, all. By the brokers' clock."""
+    of: str = ""
+    """The user, of a key's."""
+    applied: dict[str, int] = {}
+    """Projection -> Unix ms since which it holds none of it."""
+
+    @property
+    def kind(self) -> str:
+        """Whose content it is."""
+        return self.subject.partition("/")[0]
+
+    @property
+    def id(self) -> str:
+        """Which request, app, user or key."""
+        return self.subject.partition("/")[2]
+
+    def covers(self, accepted_ms: int) -> bool:
+        """Whether a request of the subject is meant that was accepted then."""
+        return self.kind == REQUEST or accepted_ms < self.asked_ms
+
+
 class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):
     """One change to the control plane, decided on by the control processor alone."""
 
@@ -209,7 +257,7 @@ class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):
     at_ms: int = 0
 
 
-Record = Provider | Model | App | User | Key
+Record = Provider | Model | App | User | Key | Replay | Erasure
 
 RECORDS: dict[str, type[Record]] = {
     "providers": Provider,
@@ -217,5 +265,7 @@ RECORDS: dict[str, type[Record]] = {
     "apps": App,
     "users": User,
     "keys": Key,
+    "replays": Replay,
+    "erasures": Erasure,
 }
 """Type of the records of each kind."""

@@ -214,6 +214,23 @@ CONTROL_PRICES = Topic(
     schema=control.Price,
     cleanup="compact",
 )
+CONTROL_REPLAYS = Topic(
+    "control.replays",
+    1,
+    "letter",
+    "Dead letters that were sent again, so that each is once; kept for as long as any letter.",
+    schema=control.Replay,
+    cleanup="compact,delete",
+    retention_ms=30 * DAY_MS,
+)
+CONTROL_ERASURES = Topic(
+    "control.erasures",
+    1,
+    "subject",
+    "Whose content is erased, and since when; kept for ever, so that no rebuild brings it back.",
+    schema=control.Erasure,
+    cleanup="compact",
+)
 AUDIT_EVENTS = Topic(
     "audit.events",
     1,
@@ -245,7 +262,7 @@ CATALOGUE: tuple[Topic, ...] = (
     REQUESTS, ROUTED, REPLIES, LOG, EVENTS, CANCELLATIONS, USAGE,
     POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS, MODEL_FACTS,
     CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_USERS, CONTROL_KEYS,
-    CONTROL_PRICES,
+    CONTROL_PRICES, CONTROL_REPLAYS, CONTROL_ERASURES,
     AUDIT_EVENTS, AUDIT_HEADS, DEAD_LETTERS,
 )  # fmt: skip
 
@@ -269,5 +286,7 @@ CONTROL_RECORDS: dict[str, Topic] = {
     "apps": CONTROL_APPS,
     "users": CONTROL_USERS,
     "keys": CONTROL_KEYS,
+    "replays": CONTROL_REPLAYS,
+    "erasures": CONTROL_ERASURES,
 }
 """The compacted topic of each kind of control record."""

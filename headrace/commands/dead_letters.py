@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.table import Table
 
-from headrace import letters
+from headrace import audit, letters
+from headrace.commands.control import ACTOR
 from headrace.commands.failures import plain_failures, stop
+from headrace.control_client import control_client
+from headrace.erasure import ErasureBook
+from headrace.errors import HeadraceError
 from headrace.letters import CannotReplay, Letter
 from headrace.local import resolve
+from headrace.redis_client import connect
 from headrace.settings import Settings
 from headrace.sql import drawn
+from topics.clients import Producer
 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
 ]
 OfTopic = Annotated[str | None, typer.Option("--topic", help="Only letters whose message came from this topic.")]
+
+Number = Annotated[int, typer.Argument(help="The letter's number, from `list`.", min=0)]
+Again = Annotated[bool, typer.Option("--again", help="Also what was replayed before.")]
+Reason = Annotated[str, typer.Option("--reason", help="Why; it is kept in the audit trail.")]
 
 
 def commands() -> typer.Typer:
@@ -30,6 +42,7 @@ def commands() -> typer.Typer:
     group.command("list")(show_all)
     group.command("show")(show_one)
     group.command("replay")(replay)
+    group.command("edit")(edit)
     return group
 
 
@@ -56,15 +69,13 @@ def show_all(
 
 
 def show_one(
-    number: Annotated[int, typer.Argument(help="The letter's number, from `list`.", min=0)],
+    number: Number,
     body: Annotated[bool, typer.Option("--body", help="Print the message too; it may hold a prompt.")] = False,
     data_dir: DataDir = None,
 ) -> None:
-    """Show one letter with its headers."""
-    with plain_failures():
-        letter = asyncio.run(letters.find(resolve(data_dir), number))
-    if letter is None:
-        raise stop(f"there is no letter {number}; see `headrace dead-letters list`")
+    """Show one letter with its headers; who looked is written down."""
+    with plain_failures(HeadraceError):
+        letter = asyncio.run(_look(resolve(data_dir), number, body=body))
     shown = summary(letter) | {
         "key": letter.key.decode(errors="replace") if letter.key is not None else None,
         "headers": {name: value.decode(errors="replace") for name, value in letter.headers},
@@ -75,16 +86,39 @@ def show_one(
     typer.echo(json.dumps(shown, indent=2, ensure_ascii=False))
 
 
+async def _look(conf: Settings, number: int, *, body: bool) -> Letter:
+    letter = await letters.find(conf, number)
+    if letter is None:
+        raise stop(f"there is no letter {number}; see `headrace dead-letters list`")
+    await _readable(conf, [letter])
+    async with Producer(conf.kafka, "dead-letters") as producer:
+        said = audit.note("read", "dead-letters", str(number), actor=ACTOR, body=str(body).lower())
+        await audit.record(producer, said)
+    return letter
+
+
+async def _readable(conf: Settings, found: Sequence[Letter]) -> None:
+    """Raises `Erased` when the content of one of them is."""
+    redis = connect(conf.redis_url)
+    try:
+        for letter in found:
+            await ErasureBook(redis).check(*letters.whose(letter))
+    finally:
+        await redis.aclose()
+
+
 def replay(
     numbers: Annotated[list[int] | None, typer.Argument(help="Numbers of letters, from `list`.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All letters, or all of --topic.")] = False,
     topic: OfTopic = None,
+    again: Again = False,
+    reason: Reason = "",
     data_dir: DataDir = None,
 ) -> None:
-    """Send letters again: a request under a new id, any other message as it was. The letters stay where they are."""
+    """Send letters again, each once: a request under a new id, any other message as it was. The letters stay."""
     if bool(numbers) == everything:
         raise stop("name the letters to replay by their numbers, or give --all")
-    with plain_failures(CannotReplay):
+    with plain_failures(CannotReplay, HeadraceError):
         conf = resolve(data_dir)
         found = asyncio.run(_collect(conf, topic))
         if numbers:
@@ -93,7 +127,47 @@ def replay(
             if missing:
                 raise stop(f"there is no letter {missing[0]}; see `headrace dead-letters list`")
             found = [known[number] for number in numbers]
-        for letter, sent in asyncio.run(letters.replay(conf, found)):
+        asyncio.run(_send(conf, found, reason=reason, again=again))
+
+
+def edit(
+    number: Number,
+    body_file: Annotated[
+        Path | None, typer.Option("--body-file", help="What to send in its place; without, it is opened in $EDITOR.")
+    ] = None,
+    again: Again = False,
+    reason: Reason = "",
+    data_dir: DataDir = None,
+) -> None:
+    """Send one letter again with another body."""
+    with plain_failures(CannotReplay, HeadraceError):
+        conf = resolve(data_dir)
+        letter = asyncio.run(_look(conf, number, body=body_file is None))
+        body = body_file.read_bytes() if body_file is not None else _edited(letter)
+        asyncio.run(_send(conf, [letter], reason=reason, again=again, body=body))
+
+
+def _edited(letter: Letter) -> bytes:
+    """What an operator makes of the letter's message."""
+    try:
+        text = (letter.value or b"").decode()
+    except UnicodeDecodeError:
+        raise stop("the message is no text; give --body-file") from None
+    changed = click.edit(text, extension=".json")
+    if changed is None:
+        raise stop("nothing was changed, and nothing is sent")
+    return changed.removesuffix("\n").encode()
+
+
+async def _send(
+    conf: Settings, found: Sequence[Letter], *, reason: str, again: bool, body: bytes | None = None
+) -> None:
+    for letter in found:
+        letters.resend(letter, new_id="", now_ms=0, body=body)  # Before anything is sent, all are seen to be fit.
+    await _readable(conf, found)
+    async with control_client(conf, timeout=10.0) as client, Producer(conf.kafka, "dead-letters") as producer:
+        for letter in found:
+            sent = await letters.replay(client, producer, letter, actor=ACTOR, reason=reason, body=body, again=again)
             renamed = f" as {sent.key}" if sent.partition is None else ""
             typer.echo(f"{letter.number} sent to {sent.topic}{renamed}")
 

@@ -152,6 +152,7 @@ async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> T
         public = PublicId(new_request_id(), partition, time.time_ns() // 1_000_000)
         return Ticket(public, digest, wanted.resume_s, first=True, listed=wanted.resume_s > 0)
     request_id = idempotent_request_id(key.app, wanted.idempotency_key)
+    await services.erasures.check("", request_id, "", 0)
     while True:
         held = await services.reservations.reserve(key.app, request_id, digest, partition)
         if held is None:
@@ -162,7 +163,17 @@ async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> T
         # Not published yet, and perhaps never: its ingress may refuse it, or die. Then it is ours.
         await asyncio.sleep(PENDING_POLL_S)
     public = PublicId(request_id, held.reply_partition, held.created_ms)
+    await _not_erased(services, key.app, public)
     return Ticket(public, digest, wanted.resume_s, first=False, listed=True)
+
+
+async def _not_erased(services: Services, tenant: str, public: PublicId) -> None:
+    """Raises `Erased` when the answer that a caller would be given is. Whose key asked is seldom to be looked up."""
+    sender = ""
+    if await services.erasures.of_keys(public.created_ms):
+        asked = await services.lookup.request(public.request_id, public.created_ms)
+        sender = asked.envelope.key_id if asked is not None else ""
+    await services.erasures.check(tenant, public.request_id, sender, public.created_ms)
 
 
 async def _publish(

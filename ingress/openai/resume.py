@@ -7,6 +7,7 @@ import re
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from headrace import audit
 from headrace.errors import InvalidRequest, NotFound
 from ingress.auth import caller
 from ingress.openai.answer import ChatAnswer, Ticket
@@ -32,6 +33,11 @@ async def resume(request: Request, completion_id: str, starting_after: str | Non
     asked = await services.lookup.request(public.request_id, public.created_ms)
     if asked is None or (asked.envelope.tenant != key.app and key.role != "admin"):
         raise NotFound(f"The completion {completion_id!r} is not known, or is older than can be resumed.")
+    tenant = asked.envelope.tenant
+    await services.erasures.check(tenant, public.request_id, asked.envelope.key_id, asked.accepted_ms)
+    if tenant != key.app:
+        said = audit.note("resume", "requests", public.request_id, actor=f"key {key.id}", tenant=tenant)
+        await audit.record(services.producer, said)
     body, _ = parse(asked.body)
     if not body.stream:
         raise InvalidRequest("This completion was not streamed; send its Idempotency-Key again to get its answer.")

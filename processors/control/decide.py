@@ -17,19 +17,24 @@ from schemas.control import (
     ADAPTER_NAME,
     ANY_MODEL,
     CAPABILITIES,
+    ERASED,
+    KEY,
     MAX_WEIGHT,
     MIN_WEIGHT,
     RECORDS,
     ROLES,
+    USER,
     App,
     Budgeted,
     ControlCommand,
+    Erasure,
     Key,
     Limited,
     Model,
     Price,
     Provider,
     Record,
+    Replay,
     User,
     is_reserved,
 )
@@ -45,7 +50,7 @@ class Write:
     """One record for a compacted topic; a `value` of None deletes the key."""
 
     kind: str
-    """`providers`, `models`, `apps`, `users`, `keys` or `prices`."""
+    """One of `RECORDS`, or `prices`."""
     key: str
     value: bytes | None
 
@@ -80,6 +85,8 @@ class ControlState:
     apps: dict[str, App] = field(default_factory=dict)
     users: dict[str, User] = field(default_factory=dict)
     keys: dict[str, Key] = field(default_factory=dict)
+    replays: dict[str, Replay] = field(default_factory=dict)
+    erasures: dict[str, Erasure] = field(default_factory=dict)
     prices: dict[str, Price] = field(default_factory=dict)
     """The newest price that each model ever had, also of models that are gone."""
 
@@ -154,6 +161,10 @@ def decide(state: ControlState, command: ControlCommand, *, now_ms: int) -> Deci
             case Key():
                 _check_key(state, command.key, record)
                 record = _born(record, state.keys.get(command.key), now_ms)
+            case Replay():
+                record = replayed(state.replays.get(command.key), command.key, record)
+            case Erasure():
+                return _erase(state, command.key, record, now_ms)
     except _Refusal as refusal:
         return Refused(str(refusal))
     held: dict[str, Record] = getattr(state, command.kind)
@@ -185,6 +196,7 @@ def _check(holds: bool, reason: str) -> None:
 
 
 def _delete(state: ControlState, kind: str, key: str) -> Decision:
+    _check(kind not in ("replays", "erasures"), f"{kind[:-1]} {key!r}: what was done cannot be taken back")
     users: Iterable[str] = ()
     if kind == "providers":
         users = (f"model {model.id!r}" for model in state.models.values() if model.provider == key and model.enabled)
@@ -323,3 +335,34 @@ def _names(model: Model) -> tuple[str, ...]:
 
 def _adapted(model: Model) -> tuple[str, ...]:
     return tuple(f"{model.id}:{adapter}" for adapter in model.adapters)
+
+
+def replayed(before: Replay | None, key: str, record: Replay) -> Replay:
+    """What is to be known of a letter's replay: claimed, then sent; once, unless it is wanted again."""
+    _check(record.letter == key, f"replay {key!r}: of another letter, {record.letter!r}")
+    if record.sent:
+        _check(before is not None and before.new_id == record.new_id, f"replay {key!r}: was not claimed")
+        return msgspec.structs.replace(before or record, sent=True)
+    if before is None:
+        return msgspec.structs.replace(record, times=1)
+    if not before.sent and before.digest == record.digest:
+        return before  # Whoever claimed it may have died before it was sent; the same id makes it once.
+    word = "was replayed" if before.sent else "is being replayed with another body"
+    _check(record.again, f"letter {key.partition('/')[0]} {word} as {before.new_id}; say `again` to send it once more")
+    return msgspec.structs.replace(record, times=before.times + 1)
+
+
+def _erase(state: ControlState, key: str, record: Erasure, now_ms: int) -> Decision:
+    _check(record.subject == key, f"erasure {key!r}: of another subject, {record.subject!r}")
+    before = state.erasures.get(key)
+    if record.applied:
+        known = before is not None and before.asked_ms == record.asked_ms
+        _check(known, f"erasure {key!r}: not asked for at {record.asked_ms}")
+        found = msgspec.structs.replace(before or record, applied=record.applied | (before or record).applied)
+        return Accepted((Write("erasures", key, msgspec.json.encode(found)),) if found != before else ())
+    _check(record.kind in ERASED and bool(record.id), f"erasure {key!r}: is of no {', '.join(ERASED)}")
+    asked = [Erasure(key, asked_ms=now_ms)]
+    if record.kind == USER:
+        owned = (one for one in state.keys.values() if one.owner_id == record.id)
+        asked += [Erasure(f"{KEY}/{one.id}", now_ms, of=record.id) for one in owned]
+    return Accepted(tuple(Write("erasures", made.subject, msgspec.json.encode(made)) for made in asked))

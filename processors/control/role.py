@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 ROLE = "control"
 WATCH_EVERY_S = 0.5
 """How often the projection is compared with what was written."""
+NOT_KEPT = ("replays", "erasures")
+"""Kinds whose refused commands are no dead letters: whoever asked was told, and there is nothing to mend."""
 _AWAY = (RedisError, OSError, KafkaError, Unavailable)
 """What a part that is away raises; trying again is right."""
 
@@ -136,7 +138,8 @@ class ControlProcessor:
         event = self._trail.add(described(command, before, decision, at_ms=at_ms))
         outcome = self._trail.outcome(command.id)
         if isinstance(decision, Refused):
-            await bury(self._producer, message, reason=f"refused: {decision.reason}", role=ROLE)
+            if command.kind not in NOT_KEPT:
+                await bury(self._producer, message, reason=f"refused: {decision.reason}", role=ROLE)
             return [event], outcome
         for write in decision.writes:
             self._state.put(write)

@@ -12,18 +12,24 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+import msgspec
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
+from clickhouse import erasures
 from clickhouse.client import connect, database_name
 from clickhouse.errors import Away, code, is_data_error, sentence
 from clickhouse.projection import Outcome, Projection
 from clickhouse.rows import TOPICS
 from headrace import metrics
+from headrace.control_client import command
+from headrace.erasure_log import ErasureLog
 from headrace.settings import Settings
 from processors.sink.batch import Batch, Limits
+from schemas.control import Erasure
+from topics.catalogue import CONTROL_COMMANDS
 from topics.clients import Producer, close
 from topics.cluster import start_client
 from topics.dead_letters import bury
@@ -37,6 +43,9 @@ FETCH_WAIT_MS = 400
 FETCH_MIN_BYTES = 16 * 1024
 """The brokers answer a fetch with this much, or after that long: rows wait for company, not each for a fetch."""
 """Longest wait for records, and so the longest wait before a wish to stop is seen."""
+ERASE_EVERY_S = 1.0
+"""How often an idle sink looks for erasures; one that writes looks before each batch."""
+ERASE_AGAIN_MS = 3_600_000
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 MAX_POLL_INTERVAL_MS = 24 * 3_600_000
 """A batch may wait for ClickHouse for hours without the member being thrown out of its group; a process that hangs
@@ -73,6 +82,9 @@ class Sink:
         self._rebalances = _Rebalances()
         self._producer = Producer(conf.kafka, f"{ROLE}-{conf.instance}")
         self._client: AsyncClient | None = None
+        self._erasures = ErasureLog(conf, ROLE)
+        self._to_erase: list[Erasure] = []
+        """Erasures that were asked for and are not yet seen to in the tables."""
         self._consumer = AIOKafkaConsumer(
             **conf.kafka.options(),
             client_id=f"{ROLE}-{conf.instance}",
@@ -91,7 +103,7 @@ class Sink:
     async def run(self) -> None:
         """Read, write and commit until told to stop. Raises `KafkaError` on what only a new process can cure."""
         self._consumer.subscribe([topic.name for topic in TOPICS], listener=self._rebalances)
-        async with self._producer:
+        async with self._producer, self._erasures:
             await start_client(self._conf.kafka, self._consumer)
             try:
                 with contextlib.suppress(Stopped):
@@ -104,6 +116,8 @@ class Sink:
     async def _work(self) -> None:
         now = asyncio.get_running_loop().time
         batch, seen = Batch(self._limits), self._rebalances.count
+        await self._erase(at_start=True)
+        looked = now()
         while not (self._stop.is_set() and not batch):
             due = batch.due_in(now())
             if due is None or (due > 0 and not self._stop.is_set()):
@@ -113,6 +127,9 @@ class Sink:
                     batch, seen = Batch(self._limits), self._rebalances.count
                 for records in got.values():
                     batch.add(records, now())
+                if now() - looked >= ERASE_EVERY_S:
+                    await self._erase()
+                    looked = now()
                 continue
             started = now()
             await self._flush(batch)
@@ -141,11 +158,45 @@ class Sink:
         async def write() -> Outcome:
             if self._client is None:
                 self._client = await connect(self._conf)
+            # Each time anew: what was asked to be erased while ClickHouse was away must not be written afterwards.
+            self._to_erase += await self._erasures.read_on()
             with metrics.SINK_INSERT_SECONDS.time():
-                return await Projection(self._client, self._database).write(batch.items)
+                projection = Projection(self._client, self._database, erasures=self._erasures.erasures)
+                return await projection.write(batch.items)
 
         metrics.SINK_BATCH_ROWS.observe(len(batch))
         return await retry(write, self._stop)
+
+    async def _erase(self, *, at_start: bool = False) -> None:
+        """See to the erasures that came: in the tables, then by saying so, so that it is known.
+
+        At the start those of the last hour are seen to once more: a predecessor may have written a batch that it had
+        read before it knew of one, and died before it knew.
+        """
+        self._to_erase += await self._erasures.read_on()
+        if at_start:
+            since_ms = time.time_ns() // 1_000_000 - ERASE_AGAIN_MS
+            self._to_erase = [
+                one for one in self._to_erase if erasures.PROJECTION not in one.applied or one.asked_ms > since_ms
+            ]
+        if not self._to_erase:
+            return
+
+        async def erase() -> None:
+            if self._client is None:
+                self._client = await connect(self._conf)
+            await erasures.apply(self._client, self._database, self._to_erase)
+
+        await retry(erase, self._stop)
+        for done in self._to_erase:
+            if erasures.PROJECTION not in done.applied:
+                told = msgspec.structs.replace(done, applied={erasures.PROJECTION: time.time_ns() // 1_000_000})
+                sent = command(told, actor=f"{ROLE} {self._conf.instance}", reason="erased")
+                await self._producer.send(
+                    CONTROL_COMMANDS.name, msgspec.json.encode(sent), key=f"{sent.kind}/{sent.key}"
+                )
+            log.info("erased", subject=done.subject, asked_ms=done.asked_ms)
+        self._to_erase = []
 
     async def _commit(self, offsets: dict[TopicPartition, int]) -> None:
         held = self._consumer.assignment()
