@@ -113,6 +113,9 @@ class Api:
     async def get(self, path: str, **headers: str) -> httpx.Response:
         return await self.client.get(self.url(path), headers={**self._headers, **headers})
 
+    async def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return await self.client.post(self.url(path), json=body, headers=self._headers)
+
     async def ask(self, body: dict[str, Any] | bytes, headers: dict[str, str] | None = None) -> httpx.Response:
         """A whole answer; `body` as bytes is sent as it is."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()

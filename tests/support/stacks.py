@@ -34,6 +34,9 @@ STOP_SECONDS = 60.0
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Everything here is plain HTTP; loading the trusted certificates for each client would take longer than the call."""
 
+PROVIDER_KEY = "sk-provider-9f3c77a1"
+"""What the workers send to the provider `bench`; only they and their environment may know it."""
+
 CONFIG = """\
 [[providers]]
 name = "local"
@@ -42,6 +45,7 @@ kind = "llama_cpp"
 name = "bench"
 kind = "openai"
 base_url = "{upstream}"
+api_key_env = "BENCH_PROVIDER_KEY"
 options = {{ continues = "prefill" }}
 [[providers]]
 name = "impatient"
@@ -179,7 +183,8 @@ class Stack:
 
     def start(self) -> None:
         """Start it (again, on the data that is there)."""
-        env = {"HEADRACE_ADMIN_KEY": self.key, "HEADRACE_DRAIN_TIMEOUT": "5", "HEADRACE_LOG_LEVEL": "info", **self._env}
+        env = {"HEADRACE_ADMIN_KEY": self.key, "HEADRACE_DRAIN_TIMEOUT": "5", "HEADRACE_LOG_LEVEL": "info"}
+        env |= {"BENCH_PROVIDER_KEY": PROVIDER_KEY, **self._env}
         self.process = Process(self._command, self.data_dir.with_suffix(".log"), env)
         self.base_url = self.process.line.removeprefix("ready ")
         self.ingress_urls = self.endpoints().ingress_urls
