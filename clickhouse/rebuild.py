@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import structlog
 from aiokafka import TopicPartition
@@ -20,6 +21,7 @@ from clickhouse_connect.driver.asyncclient import AsyncClient
 from clickhouse.client import INSERT_SETTINGS, connect, database_name
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
+from clickhouse.rollups import Rollups
 from clickhouse.rows import TOPICS, Item, Unreadable, read
 from clickhouse.tables import EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
 from headrace.settings import Settings
@@ -108,6 +110,7 @@ class _Rebuild:
         for table, _ in _COPIED:
             await self._client.command(f"EXCHANGE TABLES {self._live(table)} AND {self._copy(table)}")
         await self._fill(Projection(self._client, self._database))
+        await Rollups(self._client, self._database).touch_all(datetime.now(UTC))
         for table, _ in _COPIED:
             await self._client.command(f"DROP TABLE {self._copy(table)} SYNC")
 

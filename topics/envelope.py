@@ -50,6 +50,8 @@ class Envelope(msgspec.Struct, frozen=True):
     traceparent: str | None = None
     replay_of: str | None = None
     """`hr-replay-of`: the request that this one repeats, when it was replayed from the dead letters."""
+    user_id: str = ""
+    """`hr-user-id`: who owns the key; absent where nobody does."""
 
     def headers(self) -> list[tuple[str, bytes]]:
         """The Kafka record headers of this envelope."""
@@ -69,6 +71,8 @@ class Envelope(msgspec.Struct, frozen=True):
         ]
         if self.resume_s:
             pairs.append(("hr-resume", str(self.resume_s)))
+        if self.user_id:
+            pairs.append(("hr-user-id", self.user_id))
         if self.priority != "standard":
             pairs.append(("hr-priority", self.priority))
         for name, value in (
@@ -115,6 +119,7 @@ def parse(headers: Headers) -> Envelope:
             idempotency_key=found.get(IDEMPOTENCY_HEADER),
             traceparent=found.get("traceparent"),
             replay_of=found.get("hr-replay-of"),
+            user_id=found.get("hr-user-id", ""),
         )
     except EnvelopeError:
         raise
