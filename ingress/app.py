@@ -7,9 +7,10 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace import __version__
-from ingress import http_errors, ops, requests
+from ingress import http_errors, ops, requests, usage
 from ingress.admin import machines as admin_machines
 from ingress.admin import models as admin_models
+from ingress.admin import usage as admin_usage
 from ingress.openai import chat, models, resume
 from ingress.openai.answer import DIRECT_SEND
 from ingress.services import Services
@@ -51,6 +52,6 @@ def make_app(services: Services) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after"],
         )
-    for module in (chat, resume, models, requests, ops, admin_models, admin_machines):
+    for module in (chat, resume, models, requests, usage, ops, admin_models, admin_machines, admin_usage):
         app.include_router(module.router)
     return app

@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 import structlog
 
+from headrace.analytics import Analytics
 from headrace.fleet import FleetReader
 from headrace.pools import Pools
 from headrace.redis_client import connect
@@ -37,6 +38,7 @@ class Services:
         self.lookup = Lookup(settings)
         self.reservations = Reservations(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)
+        self.analytics = Analytics(settings)
         self.draining = asyncio.Event()
         """Set when the process stops: open streams end with an error that says how to resume."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -70,6 +72,7 @@ class Services:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.attachments.stop()
         await self.lookup.stop()
+        await self.analytics.stop()
         await self.registry.stop()
         await self.producer.stop()
         await self.redis.aclose()

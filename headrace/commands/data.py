@@ -19,6 +19,7 @@ from headrace import ledger_snapshot, sql
 from headrace import rebuild as redis_rebuild
 from headrace.commands import dead_letters
 from headrace.commands.failures import plain_failures, stop
+from headrace.commands.usage import usage
 from headrace.ledger import Ledger
 from headrace.local import resolve
 from headrace.settings import Settings
@@ -43,6 +44,7 @@ def register(app: typer.Typer) -> None:
     app.command("sql")(run_sql)
     app.command()(rebuild)
     app.command()(ledger)
+    app.command()(usage)
     app.add_typer(dead_letters.commands(), name="dead-letters")
 
 
