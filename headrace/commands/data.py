@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 import msgspec
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 
 from clickhouse import rebuild as clickhouse_rebuild
 from clickhouse.migrate import migrate as run_migrations
@@ -19,6 +20,7 @@ from headrace import ledger_snapshot, sql
 from headrace import rebuild as redis_rebuild
 from headrace.commands import dead_letters
 from headrace.commands.failures import plain_failures, stop
+from headrace.commands.reprice import reprice
 from headrace.commands.usage import usage
 from headrace.ledger import Ledger
 from headrace.local import resolve
@@ -45,6 +47,7 @@ def register(app: typer.Typer) -> None:
     app.command()(rebuild)
     app.command()(ledger)
     app.command()(usage)
+    app.command()(reprice)
     app.add_typer(dead_letters.commands(), name="dead-letters")
 
 
@@ -128,6 +131,7 @@ def _with_progress(rebuilding: Callable[[Callable[[int, int], None]], Coroutine[
 
 def ledger(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    by_tenant: Annotated[bool, typer.Option("--by-tenant", help="Print each tenant's balance too.")] = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for metering to catch up.", min=0)] = 15.0,
     data_dir: DataDir = None,
 ) -> None:
@@ -140,6 +144,8 @@ def ledger(
         typer.echo(msgspec.json.format(msgspec.json.encode(fields), indent=2).decode())
     else:
         typer.echo(describe(balance))
+        if by_tenant:
+            typer.echo(describe_tenants(balance))
         for problem in problems:
             typer.echo(f"does not add up: {problem}", err=True)
     if problems:
@@ -164,3 +170,12 @@ def describe(balance: Ledger) -> str:
     if not balance.problems():
         text.append("adds up")
     return "\n".join(text)
+
+
+def describe_tenants(balance: Ledger) -> str:
+    """A line for each tenant."""
+    table = Table("tenant", "accepted", "terminal", "in flight", "usage rows", "cost", header_style="bold")
+    for name, one in balance.tenants.items():
+        cost = ", ".join(f"{money:f} {currency}" for currency, money in one.cost.items())
+        table.add_row(name, *map(str, (one.accepted, one.terminal, one.in_flight, one.usage_rows)), cost)
+    return sql.drawn(table)
