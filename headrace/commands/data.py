@@ -14,8 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from clickhouse import rebuild as clickhouse_rebuild
+from clickhouse.client import database_name
 from clickhouse.migrate import migrate as run_migrations
 from clickhouse.queries import BadParameter
+from clickhouse.readonly import NotReadOnly
+from clickhouse.retention import analyst
 from headrace import ledger_snapshot, sql
 from headrace import rebuild as redis_rebuild
 from headrace.commands import dead_letters
@@ -55,10 +58,16 @@ def migrate(
     to: Annotated[
         int | None, typer.Option("--to", help="Go to this migration, up or down; 0 drops all tables.")
     ] = None,
+    readonly_user: Annotated[
+        str | None, typer.Option("--readonly-user", help="Only print how to make a user who reads the views.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Bring ClickHouse's tables to this version."""
+    """Bring ClickHouse's tables to this version, and their retention to the settings."""
     with plain_failures(ValueError):
+        if readonly_user is not None:
+            typer.echo(analyst(database_name(resolve(data_dir)), readonly_user))
+            return
         plan = run_migrations(resolve(data_dir), to)
     for step in plan.revert:
         typer.echo(f"reverted {step.number:04} {step.name}")
@@ -83,7 +92,7 @@ def run_sql(
     if show:
         typer.echo(sql.catalogue())
         return
-    with plain_failures(sql.BadInput, BadParameter, ValueError):
+    with plain_failures(sql.BadInput, BadParameter, NotReadOnly, ValueError):
         text, given = sql.statement(query or "", sql.parameters(param or []))
         typer.echo(sql.render(sql.run(resolve(data_dir), text, given), form))
 
