@@ -64,13 +64,15 @@ def target(url: str) -> Target:
     )
 
 
-async def connect(conf: Settings, *, timeout_s: float = 60.0) -> AsyncClient:
+async def connect(conf: Settings, *, database: str | None = None, timeout_s: float = 60.0) -> AsyncClient:
     """An asynchronous client. Raises `ClickHouseError` or `OSError` when no server answers.
 
-    It names no database, since a server refuses every query under one that does not exist yet: write `database.table`.
+    Who writes names no `database`, since a server refuses every query under one that does not exist yet: they write
+    `database.table`.
     """
     return await clickhouse_connect.get_async_client(
         **target(conf.clickhouse_url),
+        database=database,
         connect_timeout=5.0,
         send_receive_timeout=timeout_s,
         autogenerate_session_id=False,

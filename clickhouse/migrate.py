@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import structlog
 from clickhouse_connect.driver.client import Client
 
+from clickhouse import retention
 from clickhouse.client import INSERT_SETTINGS, connect_sync, database_name
 from clickhouse.migration import Migration, load
 from headrace.settings import Settings
@@ -84,6 +85,7 @@ def migrate(conf: Settings, to: int | None = None) -> Plan:
     Raises `MigrationError`, `ValueError` on bad settings, and `ClickHouseError` when the server refuses or is away.
     """
     database = database_name(conf)
+    retention.wanted(conf)  # before anything is done
     with connect_sync(conf) as client:
         client.command(f"CREATE DATABASE IF NOT EXISTS {database}")
     with connect_sync(conf, database=database) as client:
@@ -93,6 +95,8 @@ def migrate(conf: Settings, to: int | None = None) -> Plan:
             _run(client, step, step.down, applied=False)
         for step in todo.apply:
             _run(client, step, step.up, applied=True)
+        for table, days in retention.apply(client, conf).items():
+            log.info("retention", table=table, days=days)
     return todo
 
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
 from clickhouse.erasures import scrub
 from clickhouse.inserts import insert
+from clickhouse.rollups import Rollups, touches
 from clickhouse.rows import Item
-from clickhouse.tables import ATTEMPTS, REQUESTS, TABLES, Table
+from clickhouse.tables import ATTEMPTS, REQUESTS, TABLES, USAGE, Table
 from headrace.erasure import Erasures
 
 IDS_PER_QUERY = 2000
@@ -90,6 +92,9 @@ class Projection:
                 rows = kept
             refused = await insert(self._client, self.where(table), table, rows)
             outcome.refused += refused
+            if table is USAGE and rows:
+                # After the rows: who adds an hour up must not take it for touched before they can be read.
+                await Rollups(self._client, self._database).touch(touches(rows), datetime.now(UTC))
             if rows:
                 outcome.written[table.view] = len(rows) - len(refused)
         return outcome

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import structlog
 from aiokafka import TopicPartition
@@ -21,6 +22,7 @@ from clickhouse.client import INSERT_SETTINGS, connect, database_name
 from clickhouse.erasures import PROJECTION, apply
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
+from clickhouse.rollups import Rollups
 from clickhouse.rows import TOPICS, Item, Unreadable, read
 from clickhouse.tables import AUDIT_EVENTS, EVENTS, LEASE_EVENTS, REQUESTS, USAGE, Table
 from headrace.erasure_log import ErasureLog
@@ -127,6 +129,7 @@ class _Rebuild:
         unsure = [one for one in held.values() if PROJECTION not in one.applied]
         await apply(self._client, self._database, [*unsure, *await self._erased.read_on()])
         await self._fill(Projection(self._client, self._database, erasures=self._erased.erasures))
+        await Rollups(self._client, self._database).touch_all(datetime.now(UTC))
         for table, _ in _COPIED:
             await self._client.command(f"DROP TABLE {self._copy(table)} SYNC")
 

@@ -22,8 +22,13 @@ Row = tuple[object, ...]
 
 FIRST_WINS = 2**63
 """A row's `precedence` is this minus its offset, so that of rows with one key the lowest offset is kept."""
+REVISION = 2**48
+"""… plus its revision times this: the highest revision is kept, and of that the lowest offset."""
+MAX_REVISION = 2**15 - 1
 COST_PLACES = Decimal(1).scaleb(-18)
 COST_BOUND = Decimal(10) ** 20
+AUDIO_PLACES = Decimal(1).scaleb(-3)
+AUDIO_BOUND = Decimal(10) ** 12
 _EXACT = Context(prec=60, rounding=ROUND_HALF_EVEN)
 MAX_ID_CHARS = 64
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -157,36 +162,62 @@ def _text(value: str | int | float | bool) -> str:
 
 
 def usage_row(event: UsageEvent, record: Record) -> Row:
-    """Row of `usage_raw`; a cost of more than 18 places is rounded half to even. Raises `Unreadable`."""
-    if not event.cost.is_finite() or abs(event.cost) >= COST_BOUND:
-        raise Unreadable("cost is not a finite number below 10^20")
+    """Row of `usage_lines_raw`; a cost of more than 18 places is rounded half to even. Raises `Unreadable`."""
+    audio = event.audio_seconds
+    if not audio.is_finite() or not 0 <= audio < AUDIO_BOUND:
+        raise Unreadable("audio_seconds is not a finite number from 0 to 10^12")
+    revision = _count(event.revision, "revision", MAX_REVISION)
+    partition, offset, precedence = _source(record)
     return (
         _id(event.usage_id, "usage_id"),
         _id(event.request_id, "request_id"),
         event.tenant,
         event.key_id,
+        event.user_id,
         event.model,
         event.alias,
         event.provider,
         event.worker,
         event.status.value,
+        event.error_code,
         _count(event.attempts, "attempts", _U32),
         _count(event.prompt_tokens, "prompt_tokens"),
         _count(event.cached_tokens, "cached_tokens"),
         _count(event.completion_tokens, "completion_tokens"),
         _count(event.reasoning_tokens, "reasoning_tokens"),
         event.estimated,
+        audio.quantize(AUDIO_PLACES, context=_EXACT),
+        _count(event.images, "images"),
+        revision,
         _count(event.price_version, "price_version", _I64, -1),
         event.currency,
-        event.cost.quantize(COST_PLACES, context=_EXACT),
+        _cost(event.cost),
+        [
+            (
+                _count(before.revision, "repriced_of.revision", MAX_REVISION),
+                _count(before.price_version, "repriced_of.price_version", _I64, -1),
+                before.currency,
+                _cost(before.cost),
+            )
+            for before in event.repriced_of
+        ],
         event.stream,
         _time(event.accepted_ms or record.timestamp, "accepted_ms"),
         _time(event.finished_ms or record.timestamp, "finished_ms"),
         max(0, _count(event.queue_ms, "queue_ms", _I64, -_I64)),
+        max(0, _count(event.load_ms, "load_ms", _I64, -_I64)),
         max(0, _count(event.ttft_ms, "ttft_ms", _I64, -_I64)),
         max(0, _count(event.generation_ms, "generation_ms", _I64, -_I64)),
-        *_source(record),
+        partition,
+        offset,
+        precedence + revision * REVISION,
     )
+
+
+def _cost(cost: Decimal) -> Decimal:
+    if not cost.is_finite() or abs(cost) >= COST_BOUND:
+        raise Unreadable("cost is not a finite number below 10^20")
+    return cost.quantize(COST_PLACES, context=_EXACT)
 
 
 def lease_row(event: LeaseEvent, record: Record) -> Row:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
 from schemas.control import JSON, TASKS, TOOLS, VISION
@@ -83,6 +86,14 @@ def needs(asked: Asked) -> Needs:
         wanted.add(VISION)
         return Needs(frozenset(wanted), images * IMAGE_TOKENS + text_bytes // BYTES_PER_TOKEN, asked.limit)
     return Needs(frozenset(wanted), asked.prompt_tokens, asked.limit)
+
+
+def images_of(body: Mapping[str, Any]) -> int:
+    """How many image parts the messages of a chat body hold; what is no shape of OpenAI's holds none."""
+    messages = body.get("messages")
+    contents = [message.get("content") for message in messages if isinstance(message, Mapping)] if messages else []
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    return sum(str(part.get("type", "")).startswith("image") for part in parts)
 
 
 def _pictures(messages: bytes) -> tuple[int, int]:

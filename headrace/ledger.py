@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from decimal import Decimal
 
 import msgspec
 
@@ -21,6 +22,17 @@ EXAMPLES = 5
 
 Identity = tuple[str, str]
 """(tenant, request_id)."""
+
+
+class TenantBalance(msgspec.Struct, frozen=True):
+    """The balance of one tenant. `accepted` = `terminal` + `in_flight`."""
+
+    accepted: int
+    terminal: int
+    in_flight: int
+    usage_rows: int
+    cost: dict[str, Decimal]
+    """By currency, of the revision of each line that counts."""
 
 
 class Ledger(msgspec.Struct, frozen=True):
@@ -45,6 +57,7 @@ class Ledger(msgspec.Struct, frozen=True):
     """Requests with a terminal and no usage id."""
     doubled_usage: list[str]
     """Requests with more than one usage id."""
+    tenants: dict[str, TenantBalance] = {}
     metering_lag: int = 0
     """Records of inference.log that metering has not handled."""
 
@@ -92,7 +105,8 @@ class Tally:
         self._views: dict[str, LogView] = defaultdict(LogView)
         self._terminal: dict[Identity, str] = {}
         self._void = 0
-        self._usage: dict[Identity, set[str]] = defaultdict(set)
+        self._usage: dict[Identity, dict[str, tuple[int, str, Decimal]]] = defaultdict(dict)
+        """Of each request its usage ids, and of each the highest revision with its currency and cost."""
 
     def request(self, partition: int, offset: int, at_ms: int, headers: Headers) -> None:
         """A record of `inference.requests`; `at_ms` is its append time."""
@@ -121,7 +135,10 @@ class Tally:
     def usage(self, event: UsageEvent) -> None:
         """A record of `usage.events`."""
         if (event.tenant, event.request_id) in self._due_ms:
-            self._usage[event.tenant, event.request_id].add(event.usage_id)
+            lines = self._usage[event.tenant, event.request_id]
+            known = lines.get(event.usage_id)
+            if known is None or event.revision > known[0]:
+                lines[event.usage_id] = (event.revision, event.currency, event.cost)
 
     def without_usage(self) -> list[str]:
         """Ids of requests that have a terminal and no usage so far."""
@@ -145,5 +162,22 @@ class Tally:
             overdue=sorted(overdue),
             without_usage=self.without_usage(),
             doubled_usage=sorted(request_id for (_, request_id), ids in self._usage.items() if len(ids) > 1),
+            tenants=self._tenants(),
             metering_lag=metering_lag,
         )
+
+    def _tenants(self) -> dict[str, TenantBalance]:
+        accepted = Counter(tenant for tenant, _ in self._due_ms)
+        ended = Counter(tenant for tenant, _ in self._terminal)
+        rows: Counter[str] = Counter()
+        cost: dict[str, dict[str, Decimal]] = defaultdict(lambda: defaultdict(Decimal))
+        for (tenant, _), lines in self._usage.items():
+            rows[tenant] += len(lines)
+            for _, currency, money in lines.values():
+                cost[tenant][currency] += money
+        return {
+            tenant: TenantBalance(
+                count, ended[tenant], count - ended[tenant], rows[tenant], dict(sorted(cost[tenant].items()))
+            )
+            for tenant, count in sorted(accepted.items())
+        }

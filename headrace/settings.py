@@ -43,6 +43,16 @@ class Settings(BaseSettings):
     clickhouse_url: str = "http://127.0.0.1:8123"
     """HTTP endpoint of ClickHouse; user and password may stand in the URL."""
     clickhouse_database: str = "headrace"
+    retention_requests_days: int = Field(default=400, ge=1)
+    """How long ClickHouse keeps requests and their lifecycle; put into force by `headrace migrate`, as all of these."""
+    retention_leases_days: int = Field(default=400, ge=1)
+    """How long it keeps leases."""
+    retention_minutes_days: int | None = Field(default=None, ge=1)
+    """How long it keeps usage by minute; None for ever."""
+    retention_usage_days: int | None = Field(default=None, ge=1)
+    """How long it keeps usage, which is money; None for ever."""
+    retention_usage_days_again: int | None = None
+    """The same number once more, without which fewer than 400 days are refused."""
 
     data_dir: Path = Path(".headrace")
     """Where a local stack keeps its data; operating commands find a running stack through it."""

@@ -15,10 +15,12 @@ from enum import StrEnum
 from rich.console import Console
 from rich.table import Table
 
+from clickhouse import readonly
 from clickhouse.client import connect_sync, database_name
 from clickhouse.queries import QUERIES, UnknownQuery, named
 from headrace.settings import Settings
 
+READ_ONLY = {"readonly": 1}
 UNBOUNDED = 10_000
 """Columns of a table that goes into a pipe."""
 _NAME = re.compile(r"^[a-z0-9][a-z0-9-]*$")
@@ -71,9 +73,14 @@ def statement(text: str, given: dict[str, str]) -> tuple[str, dict[str, str]]:
 
 
 def run(conf: Settings, sql: str, given: dict[str, str]) -> Answer:
-    """The answer of ClickHouse. Raises `ClickHouseError`."""
+    """The answer of ClickHouse to a statement that only reads. Raises `ClickHouseError` and `NotReadOnly`."""
+    values = dict(given) or None
     with connect_sync(conf, database=database_name(conf)) as client:
-        result = client.query(sql, parameters=dict(given) or None)
+        # One statement, by the server's own parser: what is judged must be all there is.
+        client.query("SELECT formatQuerySingleLine({text:String})", parameters={"text": sql}, settings=READ_ONLY)
+        # As text: a FORMAT behind it would belong to the statement that is explained.
+        readonly.check(client.raw_query(f"EXPLAIN AST {sql}", parameters=values, settings=READ_ONLY).decode())
+        result = client.query(sql, parameters=values, settings=READ_ONLY)
         return Answer(tuple(result.column_names), list(result.result_rows))
 
 

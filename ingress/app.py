@@ -7,12 +7,13 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace import __version__
-from ingress import http_errors, ops, requests
+from ingress import http_errors, ops, requests, usage
 from ingress.admin import audit as admin_audit
 from ingress.admin import erasures as admin_erasures
 from ingress.admin import letters as admin_letters
 from ingress.admin import machines as admin_machines
 from ingress.admin import models as admin_models
+from ingress.admin import usage as admin_usage
 from ingress.openai import chat, models, resume
 from ingress.openai.answer import DIRECT_SEND
 from ingress.services import Services
@@ -54,7 +55,7 @@ def make_app(services: Services) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after"],
         )
-    admin = (admin_models, admin_machines, admin_audit, admin_letters, admin_erasures)
-    for module in (chat, resume, models, requests, ops, *admin):
+    admin = (admin_models, admin_machines, admin_usage, admin_audit, admin_letters, admin_erasures)
+    for module in (chat, resume, models, requests, usage, ops, *admin):
         app.include_router(module.router)
     return app

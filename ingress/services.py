@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 import structlog
 
+from headrace.analytics import Analytics
 from headrace.erasure import ErasureBook
 from headrace.fleet import FleetReader
 from headrace.model_facts import FactsCache
@@ -41,6 +42,7 @@ class Services:
         self.reservations = Reservations(self.redis)
         self.facts = FactsCache(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)
+        self.analytics = Analytics(settings)
         self.draining = asyncio.Event()
         """Set when the process stops: open streams end with an error that says how to resume."""
         self._tasks: list[asyncio.Task[None]] = []
@@ -74,6 +76,7 @@ class Services:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.attachments.stop()
         await self.lookup.stop()
+        await self.analytics.stop()
         await self.registry.stop()
         await self.producer.stop()
         await self.redis.aclose()

@@ -87,6 +87,8 @@ class Routed(msgspec.Struct, omit_defaults=True):
     """LoRA adapter of the model that is to answer; empty for the model itself."""
     start_by_ms: int = 0
     """Unix ms after which an answer need not begin; 0 for the deadline."""
+    user_id: str = ""
+    """Who owns the key; empty where nobody does."""
 
 
 INLINE_BODY_BYTES = 64 * 1024
@@ -166,6 +168,10 @@ class Usage(msgspec.Struct, omit_defaults=True):
     reasoning_tokens: int = 0
     estimated: bool = False
     """True where we counted because the provider did not say."""
+    images: int = 0
+    """In the prompt, each as often as it was sent."""
+    audio_seconds: Decimal = Decimal(0)
+    """Of sound that was heard or spoken."""
 
 
 class ErrorInfo(msgspec.Struct, omit_defaults=True):
@@ -188,6 +194,8 @@ class Timings(msgspec.Struct, omit_defaults=True):
     started_ms: int = 0
     first_token_ms: int = 0
     finished_ms: int = 0
+    load_ms: int = 0
+    """A duration: how long of the wait its model was being loaded on the worker that answered."""
 
 
 class AttemptOpened(msgspec.Struct, tag_field="type", tag="attempt_opened"):
@@ -227,6 +235,7 @@ class Terminal(msgspec.Struct, tag_field="type", tag="terminal", omit_defaults=T
     price: Price | None = None
     last_seq: int = 0
     """`seq` of the last frame written before the terminal frame."""
+    user_id: str = ""
 
 
 LogRecord = AttemptOpened | Terminal
@@ -274,8 +283,21 @@ class Cancellation(msgspec.Struct, omit_defaults=True):
     by: str = ""
 
 
+class PricedBefore(msgspec.Struct, frozen=True):
+    """What a usage cost in an earlier revision."""
+
+    revision: int
+    price_version: int
+    currency: str
+    cost: Decimal
+
+
 class UsageEvent(msgspec.Struct, omit_defaults=True):
-    """What one request cost (`usage.events`): one a request, under a deterministic id."""
+    """What one request cost (`usage.events`), under a deterministic id.
+
+    There is one a request, and one more each time that it is priced anew. Of the events of one id the highest revision
+    counts, and of that the one with the lowest offset; so a replay changes nothing, and no event is ever overwritten.
+    """
 
     usage_id: str
     request_id: str
@@ -301,6 +323,15 @@ class UsageEvent(msgspec.Struct, omit_defaults=True):
     queue_ms: int
     ttft_ms: int
     generation_ms: int
+    user_id: str = ""
+    error_code: str = ""
+    images: int = 0
+    audio_seconds: Decimal = Decimal(0)
+    load_ms: int = 0
+    revision: int = 0
+    """0 as it was metered; grows each time that it is priced anew."""
+    repriced_of: list[PricedBefore] = []
+    """What it cost in each earlier revision, the first one first."""
 
 
 class LeaseEvent(msgspec.Struct, omit_defaults=True):

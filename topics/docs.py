@@ -57,6 +57,7 @@ _OPTIONAL_REQUEST_HEADERS: dict[str, str] = {
     "hr-idempotency-key": "The Idempotency-Key, as the caller sent it.",
     "traceparent": "W3C trace context.",
     "hr-replay-of": "The request that this one repeats.",
+    "hr-user-id": "Id of the user who owns the API key.",
 }
 _LETTER_HEADERS: dict[str, str] = {
     f"{PREFIX}topic": "Topic that the message was on.",

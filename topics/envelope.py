@@ -58,6 +58,9 @@ class Envelope(msgspec.Struct, frozen=True):
         """How long after its acceptance the request may wait for its turn."""
         return self.deadline_s if self.start_within_s is None else min(self.deadline_s, self.start_within_s)
 
+    user_id: str = ""
+    """`hr-user-id`: who owns the key; absent where nobody does."""
+
     def headers(self) -> list[tuple[str, bytes]]:
         """The Kafka record headers of this envelope."""
         stamp = datetime.fromtimestamp(self.time_ms / 1000, UTC).isoformat(timespec="milliseconds")
@@ -76,6 +79,8 @@ class Envelope(msgspec.Struct, frozen=True):
         ]
         if self.resume_s:
             pairs.append(("hr-resume", str(self.resume_s)))
+        if self.user_id:
+            pairs.append(("hr-user-id", self.user_id))
         if self.priority != "standard":
             pairs.append(("hr-priority", self.priority))
         if self.start_within_s is not None:
@@ -125,6 +130,7 @@ def parse(headers: Headers) -> Envelope:
             traceparent=found.get("traceparent"),
             replay_of=found.get("hr-replay-of"),
             start_within_s=float(found["hr-start-within"]) if "hr-start-within" in found else None,
+            user_id=found.get("hr-user-id", ""),
         )
     except EnvelopeError:
         raise

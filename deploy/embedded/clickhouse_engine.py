@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
+from clickhouse import readonly
 from deploy.embedded.clickhouse_sql import CHUNK_SAFE_FORMATS, Insert, first_word, output_format
 
 MEMORY_LIMIT = 1_500_000_000
@@ -178,15 +179,29 @@ class Engine:
             try:
                 if statement.database:
                     connection.query(f"USE {quote_name(statement.database)}", "Null")
-                for name, value in statement.settings.items():
+                settings = dict(statement.settings)
+                wanted = settings.pop("readonly", "0")
+                for name, value in settings.items():
                     _set(connection, name, value)
-                if statement.read_only:
-                    _set(connection, "readonly", "2")
+                if statement.read_only or wanted not in ("", "0"):
+                    _set(connection, "readonly", "2")  # 1 would keep us from bounding the result
+                    _check_reads(connection, statement)
                 yield connection
             except RuntimeError as error:
                 raise EngineError(str(error)) from error
             finally:
                 connection.close()
+
+
+def _check_reads(connection: _Connection, statement: Statement) -> None:
+    """Refuse what `readonly` lets through in an engine without users. Raises `EngineError`."""
+    text = statement.text
+    connection.query(f"SELECT formatQuerySingleLine({quote_text(text)})", "Null")  # one statement, or an error
+    ast = connection.query(f"EXPLAIN AST {text}", "TSVRaw", statement.params).bytes()
+    try:
+        readonly.check(ast.decode("utf-8", "surrogateescape"))
+    except readonly.NotReadOnly as error:
+        raise EngineError(f"Code: 164. DB::Exception: {error}. (READONLY)") from None
 
 
 def _chunks(connection: _Connection, statement: Statement, progress: Progress) -> Iterator[bytes]:

@@ -11,14 +11,20 @@ from typing import Annotated, TypeVar
 import msgspec
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
 
 from clickhouse import rebuild as clickhouse_rebuild
+from clickhouse.client import database_name
 from clickhouse.migrate import migrate as run_migrations
 from clickhouse.queries import BadParameter
+from clickhouse.readonly import NotReadOnly
+from clickhouse.retention import analyst
 from headrace import ledger_snapshot, sql
 from headrace import rebuild as redis_rebuild
 from headrace.commands import dead_letters
 from headrace.commands.failures import plain_failures, stop
+from headrace.commands.reprice import reprice
+from headrace.commands.usage import usage
 from headrace.ledger import Ledger
 from headrace.local import resolve
 from headrace.settings import Settings
@@ -43,6 +49,8 @@ def register(app: typer.Typer) -> None:
     app.command("sql")(run_sql)
     app.command()(rebuild)
     app.command()(ledger)
+    app.command()(usage)
+    app.command()(reprice)
     app.add_typer(dead_letters.commands(), name="dead-letters")
 
 
@@ -50,10 +58,16 @@ def migrate(
     to: Annotated[
         int | None, typer.Option("--to", help="Go to this migration, up or down; 0 drops all tables.")
     ] = None,
+    readonly_user: Annotated[
+        str | None, typer.Option("--readonly-user", help="Only print how to make a user who reads the views.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Bring ClickHouse's tables to this version."""
+    """Bring ClickHouse's tables to this version, and their retention to the settings."""
     with plain_failures(ValueError):
+        if readonly_user is not None:
+            typer.echo(analyst(database_name(resolve(data_dir)), readonly_user))
+            return
         plan = run_migrations(resolve(data_dir), to)
     for step in plan.revert:
         typer.echo(f"reverted {step.number:04} {step.name}")
@@ -78,7 +92,7 @@ def run_sql(
     if show:
         typer.echo(sql.catalogue())
         return
-    with plain_failures(sql.BadInput, BadParameter, ValueError):
+    with plain_failures(sql.BadInput, BadParameter, NotReadOnly, ValueError):
         text, given = sql.statement(query or "", sql.parameters(param or []))
         typer.echo(sql.render(sql.run(resolve(data_dir), text, given), form))
 
@@ -126,6 +140,7 @@ def _with_progress(rebuilding: Callable[[Callable[[int, int], None]], Coroutine[
 
 def ledger(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    by_tenant: Annotated[bool, typer.Option("--by-tenant", help="Print each tenant's balance too.")] = False,
     wait: Annotated[float, typer.Option(help="Seconds to wait for metering to catch up.", min=0)] = 15.0,
     data_dir: DataDir = None,
 ) -> None:
@@ -138,6 +153,8 @@ def ledger(
         typer.echo(msgspec.json.format(msgspec.json.encode(fields), indent=2).decode())
     else:
         typer.echo(describe(balance))
+        if by_tenant:
+            typer.echo(describe_tenants(balance))
         for problem in problems:
             typer.echo(f"does not add up: {problem}", err=True)
     if problems:
@@ -162,3 +179,12 @@ def describe(balance: Ledger) -> str:
     if not balance.problems():
         text.append("adds up")
     return "\n".join(text)
+
+
+def describe_tenants(balance: Ledger) -> str:
+    """A line for each tenant."""
+    table = Table("tenant", "accepted", "terminal", "in flight", "usage rows", "cost", header_style="bold")
+    for name, one in balance.tenants.items():
+        cost = ", ".join(f"{money:f} {currency}" for currency, money in one.cost.items())
+        table.add_row(name, *map(str, (one.accepted, one.terminal, one.in_flight, one.usage_rows)), cost)
+    return sql.drawn(table)

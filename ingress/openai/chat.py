@@ -187,6 +187,7 @@ async def _publish(
         time_ms=created_ms,
         tenant=key.app,
         key_id=key.id,
+        user_id=key.owner_id,
         reply_partition=partition,
         digest=ticket.digest,
         deadline_s=wanted.deadline_s,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 import structlog
 
 from headrace import metrics
+from headrace.asked import images_of
 from headrace.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -60,8 +61,12 @@ class Attempt:
         outcomes: Outcomes,
         bodies: Bodies,
         engine_again: Callable[[], Awaitable[bool]],
+        loads: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """`engine_again` says, once that is settled, whether the engine died since and the model has a new one."""
+        """`engine_again` says, once that is settled, whether the engine died since and the model has a new one.
+
+        `loads` says from when to when this worker loaded the model (Unix ms).
+        """
         self.command = command
         self._model = model
         self._provider = provider
@@ -70,6 +75,7 @@ class Attempt:
         self._outcomes = outcomes
         self._bodies = bodies
         self._engine_again = engine_again
+        self._loads = loads
         self._answer = _answer(command)
         self.answered = False
         """Whether the generation ended by itself: with an answer, or with `failure`."""
@@ -237,6 +243,9 @@ class Attempt:
         # An attempt that goes on starts after the first token; the request did not.
         started_ms = min(self._started_ms, self._first_token_ms or self._started_ms)
         terminal.timings.started_ms, terminal.timings.first_token_ms = started_ms, self._first_token_ms
+        terminal.timings.load_ms = overlap_ms(request.accepted_ms, started_ms, self._loads)
+        if body is not None and terminal.usage.prompt_tokens:
+            terminal.usage.images = images_of(body)
         metrics.GENERATED_TOKENS.labels(model=self._model.id).inc(terminal.usage.completion_tokens)
         if request.stream:
             await self._writer.settle(request.reply_partition)
@@ -263,6 +272,11 @@ class Attempt:
         if counted is None:
             return 0 if reported else command.request.prompt_tokens_estimate
         return counted
+
+
+def overlap_ms(begin_ms: int, end_ms: int, spans: Iterable[tuple[int, int]]) -> int:
+    """How long of a time lies in spans that do not overlap."""
+    return sum(max(0, min(end_ms, until) - max(begin_ms, since)) for since, until in spans)
 
 
 def _answer(command: GenerateCommand) -> Answer:
@@ -299,6 +313,7 @@ def _terminal(
         epoch=command.epoch,
         status=status,
         key_id=request.key_id,
+        user_id=request.user_id,
         model=request.model,
         alias=request.alias,
         pool=request.pool,

@@ -55,6 +55,8 @@ class _Held:
         self.provider = provider
         self.state = "loading"
         self.error = ""
+        self.loads: list[tuple[int, int]] = []
+        """From when to when it was loaded, each time (Unix ms)."""
         self.revivals = 0
         """How often its engine died and it was loaded again."""
         self.settled = asyncio.Event()
@@ -178,12 +180,13 @@ class Worker:
         self._spawn(self._bring(held, provider))
 
     async def _bring(self, held: _Held, provider: Provider) -> None:
-        began = time.monotonic()
+        began, began_ms = time.monotonic(), now_ms()
         try:
             if held.device:
                 await self.memory.check_room(held.model.id, held.device)
             loaded = await provider.load(held.model, held.device)
             await self.memory.loaded(provider, held.device, loaded)
+            held.loads.append((began_ms, now_ms()))
             held.settle("active")
             metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
             log.info("model_loaded", model=held.model.id, epoch=held.epoch, device=held.device, bytes=loaded.bytes)
@@ -242,7 +245,7 @@ class Worker:
         attempt = Attempt(
             command, held.model, held.provider,
             worker=self.id, writer=self._writer, outcomes=self._outcomes, bodies=self._bodies,
-            engine_again=self._watch_engine(held, held.provider),
+            engine_again=self._watch_engine(held, held.provider), loads=held.loads,
         )  # fmt: skip
         self._running[request_id] = attempt
         self._idle.clear()

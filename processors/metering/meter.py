@@ -44,6 +44,11 @@ def usage_of(terminal: Terminal) -> UsageEvent:
         queue_ms=_between(timings.accepted_ms, timings.started_ms),
         ttft_ms=_between(timings.accepted_ms, timings.first_token_ms),
         generation_ms=_between(timings.started_ms, timings.finished_ms),
+        user_id=terminal.user_id,
+        error_code=terminal.error.code if terminal.error is not None else "",
+        images=usage.images,
+        audio_seconds=usage.audio_seconds,
+        load_ms=timings.load_ms,
     )
 
 

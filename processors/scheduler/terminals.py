@@ -30,6 +30,7 @@ def terminal_of(
         epoch=epoch,
         status=status,
         key_id=routed.key_id,
+        user_id=routed.user_id,
         model=routed.model,
         alias=routed.alias,
         pool=routed.pool,

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 import msgspec
@@ -22,6 +23,7 @@ from clickhouse import erasures
 from clickhouse.client import connect, database_name
 from clickhouse.errors import Away, code, is_data_error, sentence
 from clickhouse.projection import Outcome, Projection
+from clickhouse.rollups import Rollups
 from clickhouse.rows import TOPICS
 from headrace import metrics
 from headrace.control_client import command
@@ -29,7 +31,7 @@ from headrace.erasure_log import ErasureLog
 from headrace.settings import Settings
 from processors.sink.batch import Batch, Limits
 from schemas.control import Erasure
-from topics.catalogue import CONTROL_COMMANDS
+from topics.catalogue import CONTROL_COMMANDS, USAGE
 from topics.clients import Producer, close
 from topics.cluster import start_client
 from topics.dead_letters import bury
@@ -47,6 +49,8 @@ ERASE_EVERY_S = 1.0
 """How often an idle sink looks for erasures; one that writes looks before each batch."""
 ERASE_AGAIN_MS = 3_600_000
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
+ROLL_UP_S = 15.0
+ROLLED_AGAIN = timedelta(days=2)
 MAX_POLL_INTERVAL_MS = 24 * 3_600_000
 """A batch may wait for ClickHouse for hours without the member being thrown out of its group; a process that hangs
 is noticed by its heartbeats."""
@@ -105,13 +109,34 @@ class Sink:
         self._consumer.subscribe([topic.name for topic in TOPICS], listener=self._rebalances)
         async with self._producer, self._erasures:
             await start_client(self._conf.kafka, self._consumer)
+            rolling = asyncio.create_task(self._roll_up())
             try:
                 with contextlib.suppress(Stopped):
                     await self._work()
             finally:
+                rolling.cancel()
+                await asyncio.gather(rolling, return_exceptions=True)
                 await close("sink", self._consumer.stop())
                 if self._client is not None:
                     await self._client.close()
+
+    async def _roll_up(self) -> None:
+        """Add up the windows that are due, again and again; only the member that reads the first partition of usage."""
+        first, fresh = TopicPartition(USAGE.name, 0), True
+        while not self._stop.is_set():
+            if first in self._consumer.assignment():
+                try:
+                    async with await connect(self._conf, timeout_s=600.0) as client:
+                        rollups, now = Rollups(client, self._database), datetime.now(UTC)
+                        if fresh:
+                            # A sink of an earlier version, which touches nothing, may have written until now.
+                            await rollups.touch_all(now, since=now - ROLLED_AGAIN)
+                        await rollups.run(now)
+                        fresh = False
+                except Away as error:
+                    log.warning("roll_up_failed", error=sentence(error), code=code(error))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), ROLL_UP_S)
 
     async def _work(self) -> None:
         now = asyncio.get_running_loop().time

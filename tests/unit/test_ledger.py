@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from decimal import Decimal
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headrace.ledger import GRACE_MS, Tally
+from headrace.ledger import GRACE_MS, Tally, TenantBalance
 from schemas.events import AttemptOpened, Status, Terminal, UsageEvent
 from topics.envelope import Envelope
 
@@ -145,3 +146,17 @@ def test_the_sum_holds_whatever_comes(requests: list[int | None], log: list[tupl
     ledger = tally.close(NOW)
     assert ledger.balanced
     assert ledger.accepted == len({number for number in requests if number is not None})
+
+
+def test_each_tenant_has_a_balance_with_the_cost_of_the_revision_that_counts() -> None:
+    tally = Tally()
+    tally.request(0, 0, NOW, headers(rid(1)))
+    tally.request(0, 1, NOW, headers(rid(2)))
+    tally.log(terminal(1))
+    dear = msgspec.structs.replace(usage(1), cost=Decimal("0.5"))
+    again = msgspec.structs.replace(dear, revision=1, cost=Decimal("0.25"), currency="EUR")
+    for event in (dear, again, dear):
+        tally.usage(event)
+    [(tenant, balance)] = tally.close(NOW).tenants.items()
+    assert (tenant, balance) == ("t", TenantBalance(2, 1, 1, 1, {"EUR": Decimal("0.25")}))
+    assert tally.close(NOW).problems() == []

@@ -64,7 +64,7 @@ def test_a_channel_says_how_its_topic_is_kept() -> None:
 
 def test_every_header_of_the_envelope_is_documented_and_no_other() -> None:
     message = docs.asyncapi()["components"]["messages"][REQUESTS.name]
-    envelope = Envelope("0" * 32, "/s", 0, "t", "k", 0, "d", 1.0, 5, "batch", "idem", "tp", "other", 0.5)
+    envelope = Envelope("0" * 32, "/s", 0, "t", "k", 0, "d", 1.0, 5, "batch", "idem", "tp", "other", 0.5, "user")
     written = {name for name, _ in envelope.headers()}
     assert set(message["headers"]["properties"]) == written
 

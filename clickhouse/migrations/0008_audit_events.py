@@ -1,9 +1,9 @@
-"""Migration 5: the audit trail."""
+"""Migration 8: the audit trail."""
 
 from clickhouse.migration import Migration
 
 MIGRATION = Migration(
-    number=5,
+    number=8,
     name="audit_events",
     reason=(
         "Every event of audit.events, for 400 days as in Kafka, so that who did what can be asked in SQL. The hash is "

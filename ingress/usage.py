@@ -1,0 +1,74 @@
+"""`GET /v1/usage`: what a key has used, by model and day; and what both usage endpoints share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Header, Query, Request
+from starlette.responses import JSONResponse, Response
+
+from clickhouse.usage_query import BadUsageQuery, Bucket, UsageQuery
+from headrace.analytics import UsageAnswer
+from headrace.errors import InvalidRequest
+from ingress.auth import caller
+from ingress.services import Services
+from schemas.openai import ErrorBody
+
+router = APIRouter(tags=["usage"])
+
+SPAN = timedelta(days=30)
+From = Annotated[datetime | None, Query(alias="from", description="Begin, ISO 8601; default 30 days before `to`.")]
+To = Annotated[datetime | None, Query(description="End, which does not belong to it; default now.")]
+Accept = Annotated[str, Header(include_in_schema=False)]
+Limit = Annotated[int, Query(ge=1, le=10_000, description="Most rows.")]
+
+
+@router.get("/v1/usage", responses={401: {"model": ErrorBody}, 400: {"model": ErrorBody}, 503: {"model": ErrorBody}})
+async def own_usage(
+    request: Request,
+    begin: From = None,
+    end: To = None,
+    bucket: Annotated[Bucket, Query(description="Length of the steps of time.")] = Bucket.DAY,
+    form: Annotated[Literal["json", "csv"] | None, Query(alias="format")] = None,
+    accept: Accept = "",
+) -> Response:
+    """Requests, tokens and cost of the calling key, by model and day; nobody else's."""
+    services: Services = request.app.state.services
+    key = await caller(request, services.registry)
+    where = {"tenant": (key.app,), "key": (key.id,)}
+    query = asked(begin, end, bucket, by=("model",), where=where, limit=10_000)
+    return rendered(query, await services.analytics.usage(query), form, accept)
+
+
+def asked(
+    begin: datetime | None,
+    end: datetime | None,
+    bucket: Bucket,
+    *,
+    by: tuple[str, ...],
+    where: Mapping[str, tuple[str, ...]],
+    limit: int,
+) -> UsageQuery:
+    """The question of a caller, who may leave the range out. Raises `InvalidRequest`."""
+    until = end or datetime.now(UTC)
+    try:
+        return UsageQuery(begin or until - SPAN, until, bucket, by, where, limit)
+    except (BadUsageQuery, OverflowError) as error:
+        raise InvalidRequest(f"{error}.") from None
+
+
+def rendered(query: UsageQuery, answer: UsageAnswer, form: str | None, accept: str) -> Response:
+    """The answer as JSON, or as CSV where the caller asks for it."""
+    if form == "csv" or (form is None and "text/csv" in accept):
+        return Response(answer.csv(), media_type="text/csv")
+    return JSONResponse(
+        {
+            "object": "list",
+            "from": query.begin.isoformat(),
+            "to": query.end.isoformat(),
+            "bucket": query.bucket.value,
+            "data": answer.dicts(),
+        }
+    )
