@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 import structlog
 
 from headrace.fleet import FleetReader
+from headrace.limits.limiter import Limiter
 from headrace.model_facts import FactsCache
 from headrace.pools import Pools
 from headrace.redis_client import connect
@@ -15,6 +16,7 @@ from headrace.registry import Registry
 from headrace.settings import Settings
 from ingress.attachments import Attachments
 from ingress.idempotency import Reservations
+from ingress.limits import Admissions
 from ingress.lookup import Lookup
 from ingress.replies import ReplyReader
 from topics.clients import Producer
@@ -37,6 +39,8 @@ class Services:
         self.fleet = FleetReader(settings.kafka, settings.instance)
         self.lookup = Lookup(settings)
         self.reservations = Reservations(self.redis)
+        self.limiter = Limiter(self.redis, allow_on_outage=settings.limits_on_outage == "allow")
+        self.admissions = Admissions(self.limiter, settings.limits_default_output)
         self.facts = FactsCache(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)
         self.draining = asyncio.Event()
@@ -71,6 +75,7 @@ class Services:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.attachments.stop()
+        await self.admissions.stop()
         await self.lookup.stop()
         await self.registry.stop()
         await self.producer.stop()
