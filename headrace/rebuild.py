@@ -1,4 +1,4 @@
-"""Rebuilding Redis from Kafka: the control plane as a new generation, idempotent requests, and what models are."""
+"""Rebuilding Redis from Kafka: the control plane, idempotent requests, what models are, what limits hold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from headrace.control_log import CommittedReader, Replay, end_offsets
 from headrace.errors import Unavailable
+from headrace.limits.restore import restore
 from headrace.model_facts import FactsCache, rebuild_facts
 from headrace.projection import Projection
 from headrace.redis_client import connect
@@ -50,6 +51,7 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None) -> di
             projection, replay = Projection(redis), Replay(reader)
             await replay.read_on()
             remembered = await _restore_idempotency(settings, redis, progress)
+            reserved = await restore(settings.kafka, settings.instance, redis, replay.records)
             facts = await rebuild_facts(settings.kafka, f"rebuild-facts-{settings.instance}", FactsCache(redis))
             for _ in range(TRIES):
                 if await _put_into_force(settings, projection, replay):
@@ -62,7 +64,8 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None) -> di
                 )
     finally:
         await redis.aclose()
-    counts = {kind: len(held) for kind, held in replay.records.items()} | {"idempotency": remembered, "facts": facts}
+    others = {"idempotency": remembered, "facts": facts, "reservations": reserved}
+    counts = {kind: len(held) for kind, held in replay.records.items()} | others
     log.info("redis_rebuilt", **counts)
     return counts
 

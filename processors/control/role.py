@@ -13,6 +13,7 @@ from redis.exceptions import RedisError
 from headrace.cancellation import end
 from headrace.control_log import end_offsets, replay_control
 from headrace.errors import Unavailable
+from headrace.limits.limiter import Limiter
 from headrace.model_facts import keep_facts
 from headrace.projection import CommandOutcome, Outcome, Projection
 from headrace.rebuild import rebuild
@@ -40,6 +41,7 @@ class ControlProcessor:
     def __init__(self, settings: Settings, redis: Redis, producer: Producer) -> None:
         self._settings = settings
         self._projection = Projection(redis)
+        self._limiter = Limiter(redis)
         self._producer = producer
         self._writer: Writer | None = None
         self._state = ControlState()
@@ -144,7 +146,7 @@ class ControlProcessor:
             await asyncio.sleep(WATCH_EVERY_S)
 
     async def _is_whole(self) -> bool:
-        """Whether Redis holds all that was written, and nothing that Kafka does not have."""
+        """Whether Redis holds all that was written, and nothing that Kafka does not have, and what limits hold."""
         state, want = await self._projection.state(), self._offsets
         have = {topic: state.offsets.get(topic, 0) for topic in want}
         whole = state.complete and all(have[topic] >= want[topic] for topic in want)
@@ -155,7 +157,8 @@ class ControlProcessor:
                 self._offsets = have
         if not whole:
             log.warning("projection_differs", complete=state.complete, have=have, want=want)
-        return whole
+            return False
+        return (await self._limiter.state()).whole
 
     async def close(self) -> None:
         """Give up the pen."""
