@@ -38,8 +38,10 @@ def idempotency_key(tenant: str, request_id: str) -> str:
     return f"hr:idem:{tenant}:{request_id}"
 
 
-async def rebuild(settings: Settings, *, progress: Progress | None = None) -> dict[str, int]:
+async def rebuild(settings: Settings, *, progress: Progress | None = None, limits: bool = True) -> dict[str, int]:
     """Fill a new generation from Kafka and put it into force; counts of what was restored, by kind.
+
+    What limits hold is restored after it, which takes longer: a month's usage is read. Without `limits` it is left out.
 
     Safe beside a running control processor: the new generation is put into force only when it holds at least what the
     old one holds, in the same atomic step, and a later record is applied to whichever is in force. Raises `RedisError`,
@@ -51,7 +53,6 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None) -> di
             projection, replay = Projection(redis), Replay(reader)
             await replay.read_on()
             remembered = await _restore_idempotency(settings, redis, progress)
-            reserved = await restore(settings.kafka, settings.instance, redis, replay.records)
             facts = await rebuild_facts(settings.kafka, f"rebuild-facts-{settings.instance}", FactsCache(redis))
             for _ in range(TRIES):
                 if await _put_into_force(settings, projection, replay):
@@ -62,6 +63,7 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None) -> di
                 raise Unavailable(
                     "Redis could not be rebuilt: what it holds stays newer than what Kafka gives. Try again."
                 )
+        reserved = await restore(settings.kafka, settings.instance, redis) if limits else 0
     finally:
         await redis.aclose()
     others = {"idempotency": remembered, "facts": facts, "reservations": reserved}

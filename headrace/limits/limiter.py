@@ -232,4 +232,5 @@ async def _asked(asking: Awaitable[Any]) -> Any:
         async with asyncio.timeout(TIMEOUT_S):
             return await asking
     except (RedisError, OSError, TimeoutError) as error:
+        log.warning("limits_unanswered", error=repr(error))
         raise Unavailable("Limits cannot be checked now (Redis does not answer). Try again in a moment.") from error

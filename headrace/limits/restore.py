@@ -10,7 +10,7 @@ done.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 
@@ -25,6 +25,7 @@ from headrace.limits.charge import charge, payers
 from headrace.limits.limiter import RESTORE, Limiter, admit_arguments, ref_of
 from headrace.limits.months import month_of, month_start_ms
 from headrace.limits.scopes import Scope, scopes_of
+from headrace.projection import Projection
 from schemas.control import App, Key, Model, Price
 from schemas.events import Routed, Status
 from topics import request_log
@@ -59,11 +60,11 @@ _routed = msgspec.json.Decoder(Routed)
 class Records:
     """The keys, apps and models whose limits are in force."""
 
-    def __init__(self, records: Mapping[str, Mapping[str, bytes]]) -> None:
-        keys = (msgspec.json.decode(raw, type=Key) for raw in records.get("keys", {}).values())
-        self._keys = {key.id: key for key in keys}
-        self._apps = {name: msgspec.json.decode(raw, type=App) for name, raw in records.get("apps", {}).items()}
-        self._models = {name: msgspec.json.decode(raw, type=Model) for name, raw in records.get("models", {}).items()}
+    def __init__(self, keys: Iterable[bytes], apps: Iterable[bytes], models: Iterable[bytes]) -> None:
+        """Of records as JSON."""
+        self._keys = {key.id: key for key in (msgspec.json.decode(raw, type=Key) for raw in keys)}
+        self._apps = {app.id: app for app in (msgspec.json.decode(raw, type=App) for raw in apps)}
+        self._models = {model.id: model for model in (msgspec.json.decode(raw, type=Model) for raw in models)}
 
     def scopes(self, routed: Routed) -> tuple[Scope, ...]:
         """Whose limits a routed request was admitted against."""
@@ -107,22 +108,22 @@ class Found:
             self.spent[scope] = self.spent.get(scope, 0) + units
 
 
-async def restore(cluster: Cluster, instance: str, redis: Redis, records: Mapping[str, Mapping[str, bytes]]) -> int:
-    """Make the limits anew; how many reservations are held now that were not before.
+async def restore(cluster: Cluster, instance: str, redis: Redis) -> int:
+    """Make the limits anew, by the control plane in force; how many reservations are held now that were not before.
 
     Raises `RedisError`, `KafkaError` or `Unavailable`.
     """
-    limiter = Limiter(redis)
+    limiter, projection = Limiter(redis), Projection(redis)
+    records = Records(*[await projection.records(kind) for kind in ("keys", "apps", "models")])
     state = await limiter.state()
     now_ms = state.now_us // 1000
     async with LogReader(cluster, f"restore-limits-{instance}", max_wait_ms=100, fetch_bytes=FETCH_BYTES) as reader:
         found = await _read(reader, now_ms)
     if not state.whole:
         await _clear(redis)
-    held = Records(records)
     restored = 0
     for routed in found.routed:
-        restored += await _hold(redis, routed, found, held, now_ms, refill=not state.whole)
+        restored += await _hold(redis, routed, found, records, refill=not state.whole)
     await _put_into_force(redis, found)
     if state.whole:
         await _give_back(limiter, found)
@@ -201,7 +202,7 @@ async def _clear(redis: Redis) -> None:
     await clear(args=names)
 
 
-async def _hold(redis: Redis, routed: Routed, found: Found, records: Records, now_ms: int, *, refill: bool) -> int:
+async def _hold(redis: Redis, routed: Routed, found: Found, records: Records, *, refill: bool) -> int:
     """Reserve for a request that runs, or count one of the last minute; 1 where that made a reservation."""
     scopes = records.scopes(routed)
     if not scopes:
