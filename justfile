@@ -54,6 +54,10 @@ bench-peers *ARGS: setup
 bench-scheduler *ARGS: setup
     @{{python}} -m bench.scheduler sweep "$@"
 
+# How long the admission against limits takes beside a plain PING of the same Redis
+bench-limits *ARGS: setup
+    @{{python}} -m bench.limits "$@"
+
 # Tokens a second of the providers' engines, side by side: --model KIND=TAG, once for each
 bench-engines *ARGS: setup
     @{{python}} -m bench.engines "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from schemas.events import ErrorInfo
@@ -106,6 +107,47 @@ class IdempotencyConflict(HeadraceError):
     status = 409
     code = "idempotency_key_reused"
     type = "invalid_request_error"
+
+
+class LimitExceeded(HeadraceError):
+    """A limit of a key, app or model is used up; subclasses say which, in `type`, as OpenAI does."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None, waits: bool = False
+    ) -> None:
+        """`waits` tells clients not to try again by themselves: the limit stands for long."""
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+        self.waits = waits
+        self.headers: Mapping[str, str] = {}
+        """`x-ratelimit-*` of the answer."""
+
+
+class RequestsLimited(LimitExceeded):
+    """Too many requests in a minute."""
+
+    type = "requests"
+
+
+class TokensLimited(LimitExceeded):
+    """Too many tokens in a minute."""
+
+    type = "tokens"
+
+
+class ConcurrencyLimited(LimitExceeded):
+    """Too many requests at once."""
+
+    type = "concurrency"
+
+
+class InsufficientQuota(LimitExceeded):
+    """The month's budget has too little left for what the request may cost."""
+
+    code = "insufficient_quota"
+    type = "insufficient_quota"
 
 
 class Unavailable(HeadraceError):

@@ -25,6 +25,21 @@ EVENTS_IN = Counter("headrace_agent_events_total", "Events that an agent has fin
 DEAD_LETTERS = Counter("headrace_dead_letters_total", "Messages put into dead.letters.", ["role", "topic"])
 TERMINALS = Counter("headrace_terminals_total", "Terminals written, by who wrote them.", ["role", "status"])
 
+# limits
+LIMIT_REFUSALS = Counter(
+    "headrace_limit_refusals_total",
+    "Requests refused by a limit: requests, tokens, concurrency or budget, of a key, app or model.",
+    ["limit", "scope"],
+)
+LIMITS_BYPASSED = Counter(
+    "headrace_limits_bypassed_total", "Requests let through while their limits could not be asked; charged later."
+)
+RESERVATIONS = Gauge("headrace_limit_reservations", "Reservations not given back: pending or bound.", ["state"])
+RESERVATIONS_SETTLED = Counter("headrace_limit_settled_total", "Reservations given back by their terminal.")
+RESERVATIONS_REAPED = Counter(
+    "headrace_limit_reaped_total", "Reservations made after their request had its terminal, and given back."
+)
+
 # scheduler
 POOL_QUEUED = Gauge("headrace_pool_queued", "Requests waiting in a pool.", ["pool"])
 POOL_RUNNING = Gauge("headrace_pool_running", "Requests assigned in a pool.", ["pool"])

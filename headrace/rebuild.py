@@ -1,4 +1,4 @@
-"""Rebuilding Redis from Kafka: the control plane as a new generation, idempotent requests, and what models are."""
+"""Rebuilding Redis from Kafka: the control plane, idempotent requests, what models are, what limits hold."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from headrace.control_log import CommittedReader, Replay, end_offsets
 from headrace.errors import Unavailable
+from headrace.limits.restore import restore
 from headrace.model_facts import FactsCache, rebuild_facts
 from headrace.projection import Projection
 from headrace.redis_client import connect
@@ -37,8 +38,10 @@ def idempotency_key(tenant: str, request_id: str) -> str:
     return f"hr:idem:{tenant}:{request_id}"
 
 
-async def rebuild(settings: Settings, *, progress: Progress | None = None) -> dict[str, int]:
+async def rebuild(settings: Settings, *, progress: Progress | None = None, limits: bool = True) -> dict[str, int]:
     """Fill a new generation from Kafka and put it into force; counts of what was restored, by kind.
+
+    What limits hold is restored after it, which takes longer: a month's usage is read. Without `limits` it is left out.
 
     Safe beside a running control processor: the new generation is put into force only when it holds at least what the
     old one holds, in the same atomic step, and a later record is applied to whichever is in force. Raises `RedisError`,
@@ -60,9 +63,11 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None) -> di
                 raise Unavailable(
                     "Redis could not be rebuilt: what it holds stays newer than what Kafka gives. Try again."
                 )
+        reserved = await restore(settings.kafka, settings.instance, redis) if limits else 0
     finally:
         await redis.aclose()
-    counts = {kind: len(held) for kind, held in replay.records.items()} | {"idempotency": remembered, "facts": facts}
+    others = {"idempotency": remembered, "facts": facts, "reservations": reserved}
+    counts = {kind: len(held) for kind, held in replay.records.items()} | others
     log.info("redis_rebuilt", **counts)
     return counts
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 TIMEOUT_S = 2.0
+MAX_CONNECTIONS = 64
+"""Calls of one client that are under way at once; further ones wait their turn. Redis itself runs one at a time."""
 
 
 class Client(Redis):
@@ -26,12 +28,16 @@ class Client(Redis):
 def connect(url: str) -> Redis:
     """A client of the Redis at `url`. It connects with its first call; a broken connection is tried once more at once.
 
-    The library's own retries wait up to 10 s between tries, which would hide from callers that Redis is away.
+    The library's own retries wait up to 10 s between tries, which would hide from callers that Redis is away; its own
+    pool fails the hundred-and-first call at once.
     """
-    return Client.from_url(
+    pool = BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=TIMEOUT_S,
         socket_timeout=TIMEOUT_S,
         socket_connect_timeout=TIMEOUT_S,
         retry=Retry(NoBackoff(), 1),
         health_check_interval=30,
     )
+    return Client.from_pool(pool)

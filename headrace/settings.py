@@ -70,6 +70,10 @@ class Settings(BaseSettings):
     """How long a stopping role lets running work finish."""
     request_deadline: float = Field(default=600.0, gt=0, le=86_400)
     """Default limit on a request from acceptance to terminal, unless its caller asks for less."""
+    limits_on_outage: Literal["refuse", "allow"] = "refuse"
+    """Of requests whose limits cannot be asked because Redis is away: 503, or let through and charged afterwards."""
+    limits_default_output: int = Field(default=4096, ge=1)
+    """Cap on the completion of requests that count against tokens or money and name none, nor does their model."""
     first_status_timeout: float = Field(default=10.0, gt=0)
     """The ingress sends an HTTP status at the latest after this long, even if nothing was generated yet."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -9,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from headrace import metrics
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, LimitExceeded
 from ingress.openai.render import error_object
 from schemas.events import ErrorInfo
 from schemas.ids import new_request_id
@@ -19,9 +21,9 @@ log = structlog.get_logger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "invalid_request_error"}
 
 
-def error_response(error: ErrorInfo, request_id: str) -> Response:
-    """An error before any part of an answer was sent."""
-    headers = {"x-request-id": request_id}
+def error_response(error: ErrorInfo, request_id: str, more: Mapping[str, str] | None = None) -> Response:
+    """An error before any part of an answer was sent, with `more` headers."""
+    headers = {"x-request-id": request_id, **(more or {})}
     if error.retry_after_s is not None:
         headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
@@ -35,7 +37,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HeadraceError)
     async def _ours(request: Request, error: HeadraceError) -> Response:
         metrics.REFUSED.labels(code=error.code).inc()
-        return error_response(error.info(), request_id_of(request))
+        return error_response(error.info(), request_id_of(request), _headers(error))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
@@ -55,6 +57,13 @@ def install(app: FastAPI) -> None:
         request_id = request_id_of(request)
         log.error("unhandled", request_id=request_id, path=request.url.path, error=repr(error), exc_info=error)
         return error_response(ErrorInfo(500, "internal_error", "Something went wrong; see the log."), request_id)
+
+
+def _headers(error: HeadraceError) -> Mapping[str, str]:
+    """How the limits stand that refused a request; OpenAI's clients try a 429 again unless they are told not to."""
+    if not isinstance(error, LimitExceeded):
+        return {}
+    return {**error.headers, **({"x-should-retry": "false"} if error.waits else {})}
 
 
 def request_id_of(request: Request) -> str:

@@ -10,6 +10,7 @@ import structlog
 from headrace.analytics import Analytics
 from headrace.erasure import ErasureBook
 from headrace.fleet import FleetReader
+from headrace.limits.limiter import Limiter
 from headrace.model_facts import FactsCache
 from headrace.pools import Pools
 from headrace.redis_client import connect
@@ -17,6 +18,7 @@ from headrace.registry import Registry
 from headrace.settings import Settings
 from ingress.attachments import Attachments
 from ingress.idempotency import Reservations
+from ingress.limits import Admissions
 from ingress.lookup import Lookup
 from ingress.replies import ReplyReader
 from topics.clients import Producer
@@ -40,6 +42,8 @@ class Services:
         self.fleet = FleetReader(settings.kafka, settings.instance)
         self.lookup = Lookup(settings)
         self.reservations = Reservations(self.redis)
+        self.limiter = Limiter(self.redis, allow_on_outage=settings.limits_on_outage == "allow")
+        self.admissions = Admissions(self.limiter, settings.limits_default_output)
         self.facts = FactsCache(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)
         self.analytics = Analytics(settings)
@@ -75,6 +79,7 @@ class Services:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.attachments.stop()
+        await self.admissions.stop()
         await self.lookup.stop()
         await self.analytics.stop()
         await self.registry.stop()

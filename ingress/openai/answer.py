@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from starlette.responses import Response
@@ -55,9 +55,11 @@ class ChatAnswer(Response):
         *,
         model: str = "",
         after: tuple[int, int] | None = None,
+        limits: Mapping[str, str] | None = None,
     ) -> None:
         """`model` is the id of the one that the body names, where it names one and that is known.
 
+        `limits` are the `x-ratelimit-*` headers of its admission.
         `after` is the (attempt, seq) of the last event that a resuming caller has seen; (1, 0) for none.
         """
         super().__init__()
@@ -70,6 +72,7 @@ class ChatAnswer(Response):
         """Id of the model that serves, as far as it is known."""
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self._after = after
+        self._limits = dict(limits or {})
         self._choices = body.n or 1
         self._following = Following(services, ticket.public, seen=after[1] if after else 0, steps=self._streamed)
         self._began = time.monotonic()
@@ -145,7 +148,7 @@ class ChatAnswer(Response):
             return
         self._observe(terminal)
         if terminal.error is not None:
-            await error_response(terminal.error, terminal.request_id)(scope, receive, send)
+            await error_response(terminal.error, terminal.request_id, self._limits)(scope, receive, send)
             return
         public = self._ticket.public
         self._model = terminal.model
@@ -193,7 +196,7 @@ class ChatAnswer(Response):
             if terminal is not None:
                 self._observe(terminal)
                 if not begun and terminal.error is not None and not events:
-                    await error_response(terminal.error, terminal.request_id)(scope, receive, send)
+                    await error_response(terminal.error, terminal.request_id, self._limits)(scope, receive, send)
                     return
                 events += renderer.end(terminal)
             if not begun:
@@ -255,7 +258,7 @@ class ChatAnswer(Response):
 
     def _answer_headers(self) -> dict[str, str]:
         headers = {"x-request-id": self._ticket.public.request_id, "x-hr-stream-id": str(self._ticket.public)}
-        return headers | ({"x-hr-model": self._model} if self._model else {})
+        return headers | self._limits | ({"x-hr-model": self._model} if self._model else {})
 
     def _observe(self, terminal: Terminal) -> None:
         metrics.REQUEST_SECONDS.labels(status=terminal.status.value).observe(time.monotonic() - self._began)

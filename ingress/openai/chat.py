@@ -16,7 +16,8 @@ from starlette.responses import Response
 from headrace import metrics
 from headrace.asked import Asked, needs
 from headrace.choice import Choice, choose
-from headrace.errors import InvalidRequest, Unavailable
+from headrace.errors import HeadraceError, InvalidRequest, Unavailable
+from headrace.limits.limiter import UNLIMITED, Admission
 from ingress.auth import allowed_model, caller
 from ingress.idempotency import ACCEPTED, Reservations
 from ingress.openai.answer import ChatAnswer, Ticket
@@ -110,20 +111,23 @@ async def create(request: Request) -> Response:
     if not services.replies.ready or services.draining.is_set():
         raise Unavailable("This ingress is starting or stopping; try again shortly.")
     ticket = await _ticket(services, key, raw, wanted)
+    admission = UNLIMITED
     if ticket.first:
-        standing = choice.standing
-        if standing.down is not None and not standing.may_try:
+        try:
+            admission = await _reserve(services, key, ticket, choice, asked, len(raw))
+        except HeadraceError:
             if wanted.idempotency_key is not None:
                 await services.reservations.release(key.app, ticket.public.request_id)
-            raise standing.down
-    answer = ChatAnswer(services, key, ticket, body, model=named)
+            raise
+    answer = ChatAnswer(services, key, ticket, body, model=named, limits=admission.headers)
     if ticket.first:
         answer.attach()
         try:
             await _publish(services, key, raw, wanted, ticket, body)
         except BaseException:
-            answer.detach()
+            answer.detach()  # Its reservation lapses, unless the brokers took the request after all.
             raise
+        services.admissions.accepted(admission, key.app, ticket.public.request_id)
         metrics.ACCEPTED.labels(model=choice.task or choice.model.id).inc()
     return answer
 
@@ -142,6 +146,17 @@ def _admit(
         check_context(body, model)
         named = model.id
     return choose(snapshot, key, body.model, needs(asked), services.pools.standing(wanted.patience_s)), named
+
+
+async def _reserve(
+    services: Services, key: Key, ticket: Ticket, choice: Choice, asked: Asked, body_bytes: int
+) -> Admission:
+    """What this caller's request may come to, reserved. Raises what refuses it: its model's standing, or a limit."""
+    standing = choice.standing
+    if standing.down is not None and not standing.may_try:
+        raise standing.down
+    snapshot, request_id = services.registry.snapshot, ticket.public.request_id
+    return await services.admissions.admit(snapshot, key, choice.model, request_id, asked, body_bytes)
 
 
 async def _ticket(services: Services, key: Key, raw: bytes, wanted: Wishes) -> Ticket:

@@ -15,6 +15,8 @@ from headrace.audit_chain import Place
 from headrace.cancellation import end
 from headrace.control_log import end_offsets, replay_control
 from headrace.errors import Unavailable
+from headrace.limits.limiter import Limiter
+from headrace.limits.restore import restore
 from headrace.model_facts import keep_facts
 from headrace.projection import CommandOutcome, Outcome, Projection
 from headrace.rebuild import rebuild
@@ -46,7 +48,9 @@ class ControlProcessor:
 
     def __init__(self, settings: Settings, redis: Redis, producer: Producer) -> None:
         self._settings = settings
+        self._redis = redis
         self._projection = Projection(redis)
+        self._limiter = Limiter(redis)
         self._producer = producer
         self._writer: Writer | None = None
         self._state = ControlState()
@@ -157,7 +161,7 @@ class ControlProcessor:
                 outcome = await self._projection.apply(write.kind, write.key, write.value, topic=topic, offset=offset)
                 if outcome is not Outcome.INCOMPLETE:
                     return
-                await rebuild(self._settings)
+                await rebuild(self._settings, limits=False)
             except _AWAY as error:
                 log.warning("redis_unwritable", topic=topic, offset=offset, error=repr(error))
                 await asyncio.sleep(WATCH_EVERY_S)
@@ -176,9 +180,20 @@ class ControlProcessor:
             try:
                 async with self._busy:
                     if self._owning.is_set() and not await self._is_whole():
-                        await rebuild(self._settings)
+                        await rebuild(self._settings, limits=False)
             except _AWAY as error:
                 log.warning("projection_unchecked", error=repr(error))
+            await asyncio.sleep(WATCH_EVERY_S)
+
+    async def keep_limits(self) -> None:
+        """Make what limits hold anew whenever it is not complete; beside the rest, since it takes longer."""
+        while True:
+            await self._owning.wait()
+            try:
+                if not (await self._limiter.state()).whole:
+                    await restore(self._settings.kafka, self._settings.instance, self._redis)
+            except _AWAY as error:
+                log.warning("limits_unchecked", error=repr(error))
             await asyncio.sleep(WATCH_EVERY_S)
 
     async def _is_whole(self) -> bool:
@@ -209,7 +224,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         role = AgentRole(settings, ROLE, CONTROL_COMMANDS, processor.handle)
         role.on_partitions(processor.assigned, processor.revoked)
         facts = keep_facts(settings.kafka, f"{ROLE}-facts-{settings.instance}", redis)
-        keepers = [asyncio.create_task(processor.keep(), name="control-keep"), asyncio.create_task(facts)]
+        keeping = (processor.keep(), processor.keep_limits(), facts)
+        keepers = [asyncio.create_task(kept) for kept in keeping]
         for keeper in keepers:
             keeper.add_done_callback(lambda task: _ended(role, task))
         try:

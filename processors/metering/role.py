@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable
 
 import msgspec
 import structlog
-from aiokafka import TopicPartition
 
 from headrace import metrics
+from headrace.cancellation import end
+from headrace.limits.limiter import Limiter
+from headrace.redis_client import connect
 from headrace.settings import Settings
 from processors.metering.meter import usage_of
+from processors.metering.settlement import Settlement
+from processors.metering.views import LONGEST_REQUEST_MS, warm
 from schemas.events import Terminal
 from topics import request_log
 from topics.agents import AgentRole, Message
 from topics.catalogue import LOG, USAGE
-from topics.clients import LogReader, Producer
+from topics.clients import Producer
 from topics.dead_letters import bury
 from topics.request_log import LogView
 
@@ -26,8 +29,6 @@ log = structlog.get_logger(__name__)
 
 GATHER_S = 0.1
 """Usage may come this much later; many terminals share a write then."""
-LONGEST_REQUEST_MS = 30 * 60_000
-"""What the log said of a request longer ago than this cannot concern a terminal that comes now."""
 
 
 class Metering:
@@ -50,7 +51,9 @@ class Metering:
                 continue
             view = self._views.get(message.partition)
             if view is None:
-                view = self._views[message.partition] = await self._warm(message.partition, message.offset)
+                view = self._views[message.partition] = await warm(
+                    self._settings, message.partition, message.offset, message.timestamp - LONGEST_REQUEST_MS
+                )
             terminal = view.apply(record)
             if terminal is not None:
                 waits.append(await self._meter(terminal))
@@ -64,21 +67,6 @@ class Metering:
         metrics.USAGE_TOKENS.labels(model=usage.model, kind="prompt").inc(usage.prompt_tokens)
         metrics.USAGE_TOKENS.labels(model=usage.model, kind="completion").inc(usage.completion_tokens)
         return await self._producer.post(USAGE.name, msgspec.json.encode(usage), key=usage.tenant)
-
-    async def _warm(self, partition: int, upto: int) -> LogView:
-        """What the log said shortly before `upto`: a restart must judge a terminal as its predecessor would."""
-        view = LogView()
-        tp = TopicPartition(LOG.name, partition)
-        async with LogReader(self._settings.kafka, "metering-warm-up") as reader:
-            reader.assign([LOG], [partition])
-            await reader.seek_to_time([tp], int(time.time() * 1000) - LONGEST_REQUEST_MS)
-            if await reader.consumer.position(tp) < upto:
-                async for record in reader.read_to_end([tp]):
-                    if record.offset >= upto:
-                        break
-                    with contextlib.suppress(msgspec.MsgspecError):  # buried when it was met first
-                        view.apply(request_log.decode(record.value or b""))
-        return view
 
     def forget_partitions(self, partitions: frozenset[int]) -> None:
         """Another member may move these on; look back again when they return."""
@@ -94,16 +82,28 @@ class Metering:
 
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:
-    """The role's life."""
+    """The role's life: usage by the agent, and beside it the settlement of the same partitions."""
+    redis = connect(settings.redis_url)
+    settlement = Settlement(settings, Limiter(redis))
     async with Producer(settings.kafka, settings.instance) as producer:
         metering = Metering(settings, producer)
         agent = AgentRole(settings, "metering", LOG, metering.handle, gather_s=GATHER_S)
 
         async def lost(partitions: frozenset[int]) -> None:
             metering.forget_partitions(partitions)
+            settlement.lost(partitions)
 
         async def gained(partitions: frozenset[int]) -> None:
             metering.forget_partitions(partitions)
+            settlement.gained(partitions)
 
         agent.on_partitions(gained, lost)
-        await agent.run(stop)
+        settling = asyncio.create_task(settlement.run(), name="settlement")
+        settling.add_done_callback(
+            lambda done: None if done.cancelled() else agent.fail(done.exception() or RuntimeError("settlement"))
+        )
+        try:
+            await agent.run(stop)
+        finally:
+            await end(settling)
+            await redis.aclose()

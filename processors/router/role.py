@@ -11,15 +11,17 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from headrace.choice import Choice
-from headrace.errors import Unavailable
+from headrace.errors import DeadlineExceeded, HeadraceError, Unavailable
+from headrace.limits.limiter import Limiter
 from headrace.pools import Pools
 from headrace.projection import text
 from headrace.redis_client import connect
 from headrace.registry import Registry, Snapshot
 from headrace.settings import Settings
-from processors.router.route import Request, Unreadable, decode, route, routed, unreadable_terminal
+from processors.router.admission import RouterAdmission
+from processors.router.route import Request, Unreadable, decode, refused, route, routed, unreadable_terminal
 from schemas.control import Key, Model
-from schemas.events import Stage, Terminal
+from schemas.events import Stage, Status, Terminal
 from schemas.ids import is_idempotent
 from topics import frames
 from topics.agents import AgentRole, Message
@@ -36,11 +38,20 @@ RETRY_S = 0.25
 class Router:
     """Moves batches of requests on; keeps nothing between them."""
 
-    def __init__(self, producer: Producer, registry: Registry, pools: Pools, redis: Redis, instance: str) -> None:
+    def __init__(
+        self,
+        producer: Producer,
+        registry: Registry,
+        pools: Pools,
+        redis: Redis,
+        admission: RouterAdmission,
+        instance: str,
+    ) -> None:
         self._producer = producer
         self._registry = registry
         self._pools = pools
         self._redis = redis
+        self._admission = admission
         self._outcomes = Outcomes(producer, "router", instance)
 
     async def handle(self, batch: list[Message]) -> None:
@@ -75,9 +86,8 @@ class Router:
                 terminal = unreadable_terminal(bad.envelope, message.timestamp, now_ms(), bad.reason)
                 waits.append(self._outcomes.end(terminal))
             return waits
-        key = None
+        key = await self._key(request.envelope.key_id)
         if request.may_lead_elsewhere(snapshot):
-            key = await self._key(request.envelope.key_id)
             await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
         at = now_ms()
         standing_of = self._pools.standing((request.patient_ms - at) / 1000)
@@ -85,7 +95,14 @@ class Router:
         if isinstance(chosen, Terminal):
             return [self._outcomes.end(chosen)]
         model = chosen.model if chosen.pools == 1 else await self._once(request, chosen.model, snapshot)
-        return await self._forward(request, chosen, model, at)
+        try:
+            admitted = await self._admission.admit(request, key, model, snapshot)
+        except Unavailable:
+            gone = DeadlineExceeded("Its limits could not be checked before its deadline; send it again.")
+            return [self._outcomes.end(refused(request, now_ms(), gone, status=Status.EXPIRED))]
+        except HeadraceError as error:
+            return [self._outcomes.end(refused(request, now_ms(), error))]
+        return await self._forward(request, chosen, admitted.model, at, admitted.cap)
 
     async def _key(self, key_id: str) -> Key | None:
         while True:
@@ -112,9 +129,11 @@ class Router:
                 await asyncio.sleep(RETRY_S)
         return snapshot.models.get(text(before), model) if isinstance(before, bytes | str) else model
 
-    async def _forward(self, request: Request, choice: Choice, model: Model, at_ms: int) -> list[Awaitable[object]]:
+    async def _forward(
+        self, request: Request, choice: Choice, model: Model, at_ms: int, cap: int | None
+    ) -> list[Awaitable[object]]:
         """Hand a request on to its model's pool, and tell its caller's ingress where that is not the one it named."""
-        record = routed(request, model, at_ms)
+        record = routed(request, model, at_ms, cap)
         waits: list[Awaitable[object]] = []
         elsewhere = record.alias not in (model.id, *model.aliases)
         if elsewhere:
@@ -146,7 +165,9 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     pools = Pools(settings.kafka, settings.instance)
     async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
-        router = Router(producer, registry, pools, client, settings.instance)
+        limiter = Limiter(client, allow_on_outage=settings.limits_on_outage == "allow")
+        admission = RouterAdmission(limiter, settings.limits_default_output)
+        router = Router(producer, registry, pools, client, admission, settings.instance)
         agent = AgentRole(settings, "router", REQUESTS, router.handle)
         listening = asyncio.create_task(pools.run())
         listening.add_done_callback(

@@ -94,8 +94,11 @@ def _in_force(key: Key | None, request: Request) -> Key | None:
     return key if key is not None and key.enabled and key.app == request.envelope.tenant else None
 
 
-def routed(request: Request, model: Model, now_ms: int) -> Routed:
-    """The request as the scheduler gets it, for a model and at its price."""
+def routed(request: Request, model: Model, now_ms: int, cap: int | None = None) -> Routed:
+    """The request as the scheduler gets it, for a model and at its price.
+
+    `cap` is what was reserved for each choice, where that counts and the caller names no cap.
+    """
     envelope, asked = request.envelope, request.asked
     return Routed(
         request_id=envelope.request_id,
@@ -110,7 +113,7 @@ def routed(request: Request, model: Model, now_ms: int) -> Routed:
         body=msgspec.Raw(request.value) if len(request.value) <= INLINE_BODY_BYTES else NOTHING,
         stream=bool(asked.stream),
         prompt_tokens_estimate=asked.prompt_tokens,
-        max_tokens=asked.limit or model.default_max_tokens,
+        max_tokens=asked.limit or cap or model.default_max_tokens,
         priority=envelope.priority,
         accepted_ms=request.accepted_ms,
         routed_ms=now_ms,
