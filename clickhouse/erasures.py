@@ -1,7 +1,7 @@
 """Erasures in ClickHouse: rows that are written lose what could quote or name somebody, and so do those that are there.
 
 The tables hold no prompt and no answer. What may quote one is an error's message, and what is told of a step; these are
-emptied. Rows stay, with their times, counts, tenants, keys and costs: they are what is billed and balanced.
+replaced. Rows stay, with their times, counts, tenants, keys and costs: they are what is billed and balanced.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ class Scrubbed:
 
     table: Table
     empties: Mapping[str, tuple[object, str]]
-    """Column -> its empty value, as a row has it and as SQL does."""
+    """Column -> what it holds then, as a row has it and as SQL does."""
     accepted: str
     """Column of the time by which it is told whether an erasure means the row."""
     key: str
     """SQL of the id of the key that asked; empty where no row tells."""
 
 
+GONE = {"erased": "true"}
+"""What a step tells instead; a request whose steps say so is not given out, though its key is not told any more."""
 SCRUBBED = (
     Scrubbed(REQUESTS, {"error_message": ("", "''")}, "accepted_at", "key_id"),
-    Scrubbed(EVENTS, {"detail": ({}, "map()")}, "at", "detail['key_id']"),
+    Scrubbed(EVENTS, {"detail": (GONE, "map('erased', 'true')")}, "at", "detail['key_id']"),
 )
 _BY_TABLE = {one.table: one for one in SCRUBBED}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -37,6 +38,10 @@ class Filter:
     outcome: str = ""
     since_ms: int = 0
     until_ms: int = 0
+
+    def said(self) -> dict[str, str]:
+        """What is asked for, as the trail says who looked for it."""
+        return {f"only_{name}": str(value) for name, value in dataclasses.asdict(self).items() if value}
 
     def takes(self, event: AuditEvent) -> bool:
         """Whether an event is wanted."""

@@ -35,6 +35,9 @@ class Erased(HeadraceError):
     code = "erased"
     type = "invalid_request_error"
 
+    def __init__(self) -> None:
+        super().__init__("The content of this request was erased.")
+
 
 def subjects(tenant: str, request_id: str, key_id: str) -> list[str]:
     """The subjects whose erasure is one of this request; what is not known is empty."""
@@ -85,7 +88,7 @@ class ErasureBook:
         """Raises `Erased` when the content of this request is erased, `Unavailable` while that is not known."""
         found = await self._some(subjects(tenant, request_id, key_id))
         if erased_by(found, accepted_ms) is not None:
-            raise Erased("The content of this request was erased.")
+            raise Erased
 
     async def of_keys(self, accepted_ms: int) -> bool:
         """Whether any key's content is erased that was accepted then, so that the sender is to be known."""

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 
 from headrace import audit
+from headrace.erasure import Erased
 from headrace.errors import NotFound, Unavailable
 from ingress.auth import caller
 from ingress.lookup import age_ms
@@ -72,6 +73,8 @@ async def life(request: Request, request_id: str) -> RequestLife:
     tenant = terminal.tenant if terminal is not None else events[0].tenant if events else None
     if tenant is None or (tenant != key.app and key.role != "admin"):
         raise NotFound(f"The request {request_id!r} is not known.")
+    if any(event.detail.get("erased") for event in events):
+        raise Erased
     await services.erasures.check(tenant, found, *_sent(events, terminal))
     if tenant != key.app:
         said = audit.note("read", "requests", found, actor=f"key {key.id}", tenant=tenant)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -75,9 +74,8 @@ def _since_ms(text: str | None, now: datetime) -> int:
 
 
 async def _read(conf: Settings, wanted: Filter, limit: int) -> list[AuditEvent]:
-    asked = {name: str(value) for name, value in dataclasses.asdict(wanted).items() if value}
     async with Producer(conf.kafka, f"{conf.instance}-audit") as producer:
-        await audit.record(producer, audit.note("read", "audit", "events", actor=ACTOR, **asked))
+        await audit.record(producer, audit.note("read", "audit", "events", actor=ACTOR, **wanted.said()))
     found: list[AuditEvent] = []
     before: int | None = None
     while True:

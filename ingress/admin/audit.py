@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated
 
 import msgspec
@@ -42,8 +41,7 @@ async def list_events(
     """The newest events that match all that is given; a page may hold fewer than `limit` though there are more."""
     services: Services = request.app.state.services
     wanted = Filter(actor_, kind, subject, action, outcome, since_ms, until_ms)
-    asked = {name: str(value) for name, value in dataclasses.asdict(wanted).items() if value}
-    await audit.record(services.producer, audit.note("read", "audit", "events", actor=actor(key), **asked))
+    await audit.record(services.producer, audit.note("read", "audit", "events", actor=actor(key), **wanted.said()))
     try:
         page = await audit_trail.page(services.settings, wanted, limit=limit, before=before)
     except KafkaError as error:

@@ -46,7 +46,7 @@ async def tenants(stack: Stack) -> AsyncIterator[list[Tenant]]:
     records: list[Record] = []
     for _ in range(2):
         name, text = f"t-{uuid.uuid4().hex[:8]}", new_key()
-        made.append(Tenant(name, f"u-{name}", f"key-{name}", text, Api(stack, text)))
+        made.append(Tenant(name, f"u-{name}", f"key-{name}", text, Api(stack, key=text)))
         records += [
             App(id=name, name=name),
             User(id=f"u-{name}", email=f"{name}@example.org", apps=(name,)),
@@ -200,7 +200,7 @@ async def test_what_is_erased_is_given_out_by_nobody_and_no_rebuild_brings_it_ba
     async def scrubbed() -> bool:
         found = await asyncio.to_thread(stack.rows, rows)
         steps = await asyncio.to_thread(stack.rows, detail)
-        return not any(row["error_message"] for row in found) and steps == [{"detail": {}}]
+        return not any(row["error_message"] for row in found) and steps == [{"detail": {"erased": "true"}}]
 
     await until(scrubbed, "the rows are without it", 20)
     for part in ("clickhouse", "redis"):
@@ -220,7 +220,7 @@ async def test_what_is_erased_is_given_out_by_nobody_and_no_rebuild_brings_it_ba
     assert (await mine.api.get(f"/v1/requests/{later.headers['x-request-id']}")).status_code == 200
     assert stack.run("erase", "--request", later.headers["x-request-id"]).returncode == 0
     assert (await mine.api.get(f"/v1/requests/{later.headers['x-request-id']}")).status_code == 410
-    assert mine.key_id in stack.run("erasures").stdout
+    assert mine.key_id in stack.run("erasures", "--json").stdout
 
 
 async def test_no_tenant_reads_resumes_or_takes_over_anothers_request(stack: Stack, tenants: list[Tenant]) -> None:
@@ -258,9 +258,9 @@ async def test_no_secret_is_at_rest_in_plain(stack: Stack, api: Api, tenants: li
     for sent in (asked, {**asked, "stream": True}, {**asked, "model": prompt}, {**asked, "n": prompt}):
         await tenants[0].api.ask(sent)
     await tenants[0].api.ask(json.dumps(asked).encode()[:-2])
-    async with Api(stack, bad) as nobody:
+    async with Api(stack, key=bad) as nobody:
         assert (await nobody.ask(asked)).status_code == 401
-    async with Api(stack, created) as swept:
+    async with Api(stack, key=created) as swept:
         assert (await swept.ask(asked)).status_code == 200
     await api.post("/admin/models/bench/load", {})
     await buried(stack, api, tenants[0], b"{" + prompt.encode())

@@ -256,6 +256,8 @@ def test_the_head_is_filed_under_its_day() -> None:
 def test_a_filter_takes_what_fits_all_of_it() -> None:
     said = event(7)
     assert Filter().takes(said) and Filter(actor="ann", kind="apps", since_ms=NOW_MS).takes(said)
+    looked = audit.note("read", "audit", "events", actor="bob", **Filter(actor="ann", kind="apps").said())
+    assert b'"only_actor":"ann"' in bytes(looked.value or b"")
     assert not Filter(actor="ann", kind="keys").takes(said)
     assert not Filter(since_ms=NOW_MS + 1).takes(said) and not Filter(until_ms=NOW_MS).takes(said)
 

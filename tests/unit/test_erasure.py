@@ -166,7 +166,7 @@ def test_rows_that_are_erased_lose_what_may_quote_and_nothing_else(subject: str)
     done = scrub(items, {subject: Erasure(subject, NOW_MS)})
     was, now = ([dict(zip(one.table.names, one.row, strict=True)) for one in each] for each in (items, done))
     assert now[0] == was[0] | {"error_message": ""} and was[0]["error_message"]
-    assert now[1] == was[1] | {"detail": {}} and was[1]["detail"]
+    assert now[1] == was[1] | {"detail": {"erased": "true"}} and was[1]["detail"]
     assert [one.table for one in done] == [REQUESTS, EVENTS]
 
 
