@@ -497,6 +497,7 @@ class World:
                 w.status for w in pool.workers.values() if w.usable and MODELS[model].provider in w.status.providers
             ]
             hopeless = bool(known) and all(MODELS[model].provider in status.broken for status in known)
+            hopeless = hopeless and pool.taking is Taking.TAKEN  # Until then nothing is decided.
             hold(not (queue and hopeless), f"{model} is waited for, and its provider is broken everywhere")
         hold(self.loads <= 2 * len(self.asked) + self.excuses, f"{self.loads} loads for {len(self.asked)} requests")
 
