@@ -58,6 +58,10 @@ bench-scheduler *ARGS: setup
 bench-limits *ARGS: setup
     @{{python}} -m bench.limits "$@"
 
+# Dashboards over 10 million usage rows (--rows), and the sink from a backlog
+bench-analytics *ARGS: setup
+    @{{python}} -m bench.analytics "$@"
+
 # Tokens a second of the providers' engines, side by side: --model KIND=TAG, once for each
 bench-engines *ARGS: setup
     @{{python}} -m bench.engines "$@"

@@ -68,11 +68,8 @@ class Window:
 
 def touches(items: Iterable[Item]) -> Counter[datetime]:
     """How many of the usage rows fall into each hour."""
-    found: Counter[datetime] = Counter()
-    for item in items:
-        at = cast("datetime", item.row[_ACCEPTED])
-        found[at.replace(minute=0, second=0, microsecond=0)] += 1
-    return found
+    hours = Counter(cast("int", item.row[_ACCEPTED]) // 3_600_000 for item in items)
+    return Counter({datetime.fromtimestamp(hour * 3600, UTC): count for hour, count in hours.items()})
 
 
 def due(windows: Iterable[Window], length: timedelta, now: datetime) -> list[Window]:

@@ -18,6 +18,8 @@ from clickhouse.client import connect
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
 from clickhouse.rollups import Rollups
+from clickhouse.usage_query import Bucket, UsageQuery
+from headrace.analytics import Analytics
 from headrace.settings import Settings
 from schemas.events import PricedBefore, Status, UsageEvent
 from tests.support.tables import Record, answer, items, usage_event
@@ -144,8 +146,8 @@ async def test_rollups_are_what_a_recount_gives(own: tuple[Settings, AsyncClient
     """Delivered in any order, doubled and late, with the adding up at any moment between, at once, or half done."""
     conf, client = own
     rng = random.Random(seed)
-    records = history(rng, 300)
-    arriving = [*records, *rng.sample(records, 150)]
+    records = history(rng, 200)
+    arriving = [*records, *rng.sample(records, 100)]
     rng.shuffle(arriving)
     arriving = [*records[:100], *arriving]
     projection, rollups = Projection(client, conf.clickhouse_database), Rollups(client, conf.clickhouse_database)
@@ -201,3 +203,59 @@ async def test_what_no_longer_counts_is_deleted(own: tuple[Settings, AsyncClient
     assert isinstance(computations, int) and isinstance(windows, int)
     assert computations == windows + 2 * 3, "one a window, and of the hour and day just added up the three before"
     is_recounted(conf, records)
+
+
+COLUMN = {"tenant": "tenant", "app": "tenant", "key": "key_id", "model": "model", "status": "status"}
+
+
+async def test_questions_over_any_range_are_answered_as_python_counts(own: tuple[Settings, AsyncClient]) -> None:
+    """Ranges that begin and end anywhere, half of the windows added up, some rows late."""
+    conf, client = own
+    rng = random.Random(5)
+    records = history(rng, 250)
+    projection = Projection(client, conf.clickhouse_database)
+    await projection.write(items(records[:-30]))
+    await Rollups(client, conf.clickhouse_database).run(datetime.now(UTC) + timedelta(minutes=1))
+    await projection.write(items(records[-60:]))
+    events = counted(records)
+    analytics = Analytics(conf)
+    for _ in range(12):
+        edges = sorted(BEGAN + timedelta(seconds=rng.uniform(-5_000, 230_000)) for _ in range(2))
+        bucket = rng.choice((Bucket.NONE, Bucket.HOUR, Bucket.DAY, Bucket.MONTH))
+        by = tuple(rng.sample(sorted({"app", "key", "model", "status"}), rng.randrange(3)))
+        where = rng.choice(({}, {"tenant": ("a", "b")}, {"model": ("m1",), "key": ("k2",)}))
+        query = UsageQuery(edges[0], edges[1], bucket, by, where, 5000)
+        chosen = [
+            event
+            for event in events
+            if _ms(edges[0]) <= event.accepted_ms < _ms(edges[1])
+            and all(getattr(event, COLUMN[name]) in values for name, values in where.items())
+        ]
+        groups: dict[tuple[object, ...], list[UsageEvent]] = defaultdict(list)
+        for event in chosen:
+            labels = tuple(str(getattr(event, COLUMN[name])) for name in by)
+            groups[*_step(event.accepted_ms, bucket), *labels, event.currency].append(event)
+        answer = await analytics.usage(query)
+        shown = {
+            tuple(row[: len(answer.columns) - 14]): (row[-14], Decimal(str(row[-6])), row[-1]) for row in answer.rows
+        }
+        assert shown == {
+            key: (
+                len(group),
+                sum((event.cost for event in group), Decimal(0)),
+                pytest.approx(sum(event.finished_ms - event.accepted_ms for event in group) / len(group), abs=0.051),
+            )
+            for key, group in groups.items()
+        }
+    await analytics.stop()
+
+
+def _ms(at: datetime) -> int:
+    """As a question says a time: whole milliseconds."""
+    return int(at.replace(microsecond=at.microsecond // 1000 * 1000).timestamp() * 1000 + 0.5)
+
+
+def _step(ms: int, bucket: Bucket) -> tuple[str, ...]:
+    at = datetime.fromtimestamp(ms / 1000, UTC)
+    form = {Bucket.HOUR: "%Y-%m-%dT%H:00:00Z", Bucket.DAY: "%Y-%m-%dT00:00:00Z", Bucket.MONTH: "%Y-%m-01T00:00:00Z"}
+    return () if bucket is Bucket.NONE else (at.strftime(form[bucket]),)
