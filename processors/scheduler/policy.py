@@ -116,7 +116,8 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
 def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     early = pool.early_cancels.pop(request.id, None)
     if (stray := pool.strays.pop((request.id, request.attempt), None)) is not None:
-        adopted = _run_on(pool, request, stray, now_ms)
+        shown = any(request.id in lease.strays for lease in _leases_at(pool, stray))
+        adopted = _run_on(pool, request, stray, now_ms, shown=shown)
         return adopted if early is None else adopted + _cancel(pool, request.id, early[1], now_ms)
     if early is not None:
         return [End(request, Status.CANCELLED, "cancelled", early[1])]
@@ -151,14 +152,18 @@ def _enqueue(pool: Pool, request: Request, now_ms: int, *, first: bool = False) 
     return _dispatch(pool, request.model, now_ms)
 
 
-def _run_on(pool: Pool, request: Request, at: Stray, now_ms: int) -> list[Action]:
-    """A request that the scheduler before us had given to a worker, and did not come to write down that it had."""
+def _run_on(pool: Pool, request: Request, at: Stray, now_ms: int, *, shown: bool) -> list[Action]:
+    """A request that the scheduler before us had given to a worker, and did not come to write down that it had.
+
+    One that its worker has `shown` before and shows no more has ended: its slot may be another's by now.
+    """
     pool.queue(request.model).charge_tokens(request, prompt=request.prompt_tokens)
     pool.running[request.id] = Running(request, at.worker, at.boot, at.epoch, now_ms)
     lease = pool.leases.get((at.worker, request.model))
     if lease is not None and lease.boot == at.boot:
         lease.strays.discard(request.id)
-        lease.running.add(request.id)
+        if shown:
+            lease.running.add(request.id)
     return [Adopt(request, at.worker, at.boot, at.epoch)]
 
 
@@ -395,7 +400,7 @@ def _stray(pool: Pool, status: WorkerStatus, attempt: RunningAttempt, now_ms: in
             waiting = queue.get(attempt.request_id)
             if waiting is not None and waiting.attempt == attempt.attempt:
                 queue.remove(waiting.id)
-                return _run_on(pool, waiting, at, now_ms)
+                return _run_on(pool, waiting, at, now_ms, shown=True)
             if waiting is not None:
                 break
         else:

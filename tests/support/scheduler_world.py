@@ -105,6 +105,8 @@ class World:
         self.later: list[str] = []
         self.unread: list[str] = []
         """Requests that come again after a take-over: the scheduler before had not committed that it read them."""
+        self.left: set[str] = set()
+        """Requests whose callers have left."""
         self.reads = False
         """Whether the log is to be read to its end."""
         self._states: dict[tuple[str, str], tuple[int | None, LeaseState]] = {}
@@ -187,7 +189,8 @@ class World:
                 if machine.trainers.get(job) == (epoch, "trains"):
                     machine.trainers[job] = (epoch, "saves")
             case messages.CancelRunning(request_id, _, _, status):
-                hold(request_id not in self.unread, "what is asked for again is ended")
+                wished = request_id in self.left or status is Status.EXPIRED
+                hold(wished or request_id not in self.unread, "what is asked for again is ended")
                 for attempt in [key for key in machine.running if key[0] == request_id]:
                     del machine.running[attempt]
                     self.finish(request_id, attempt[1], status)
@@ -234,6 +237,7 @@ class World:
         self.tell(messages.Arrived(request))
 
     def cancel(self, request_id: str) -> None:
+        self.left.add(request_id)
         self.tell(messages.CancelAsked(request_id, "left"))
 
     def boot(self, name: str) -> None:

@@ -762,6 +762,26 @@ def test_a_wait_beyond_the_deadline_is_refused_with_an_honest_estimate() -> None
     assert "about 11 s" in end.message and end.retry_after_s == 11
 
 
+def test_what_ended_before_its_request_came_again_holds_no_slot() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+
+    def seen(*running: RunningAttempt) -> None:
+        resident = [Resident("one", 5, "active")]
+        shown = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], resident=resident, running=list(running))
+        step(pool, messages.WorkerSeen(shown), 0)
+
+    seen(RunningAttempt("again", 1, 5))  # the scheduler before gave it, and did not come to write that down
+    assert [type(one) for one in step(pool, messages.Arrived(Request("next", "t", "one", 0, 500)), 0)] == [
+        messages.Enqueued
+    ], "its slot is taken"
+    seen()
+    assert pool.leases["w1", "one"].running == {"next"}
+    assert [type(one) for one in step(pool, messages.Arrived(Request("again", "t", "one", 0, 500)), 0)] == [
+        messages.Adopt
+    ], "the log tells of its end"
+    assert pool.leases["w1", "one"].running == {"next"}
+
+
 def test_what_need_not_begin_any_more_is_refused_early_or_ends_while_it_waits() -> None:
     pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
 
