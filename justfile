@@ -54,6 +54,9 @@ bench-peers *ARGS: setup
 bench-scheduler *ARGS: setup
     @{{python}} -m bench.scheduler sweep "$@"
 
+# How soon streams end when their keys are revoked: --url URL (may be repeated) --key KEY
+bench-revocation *ARGS: setup
+    @{{python}} -m bench.revocation "$@"
 # How long the admission against limits takes beside a plain PING of the same Redis
 bench-limits *ARGS: setup
     @{{python}} -m bench.limits "$@"

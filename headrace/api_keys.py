@@ -8,7 +8,7 @@ from pathlib import Path
 
 from headrace.errors import HeadraceError
 from headrace.settings import Settings
-from schemas.control import Key
+from schemas.control import OWNER, Key
 
 PREFIX = "hr-"
 ADMIN_KEY_FILE = "admin.key"
@@ -34,9 +34,9 @@ def sha256(text: str) -> str:
 
 
 def admin_record(text: str, app: str) -> Key:
-    """The record of the admin key."""
+    """The record of the admin key: an owner, as whoever runs the stack."""
     digest = sha256(text)
-    return Key(id=ADMIN_ID + digest[:12], sha256=digest, name="admin", app=app, role="admin")
+    return Key(id=ADMIN_ID + digest[:12], sha256=digest, name="admin", app=app, role=OWNER)
 
 
 def find_admin_key(settings: Settings) -> str:

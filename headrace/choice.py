@@ -109,14 +109,18 @@ def may_lead_elsewhere(snapshot: Snapshot, name: str) -> bool:
     return found is not None and bool(found.fallbacks)
 
 
-def choose(snapshot: Snapshot, key: Key | None, name: str, needs: Needs, standing_of: StandingOf) -> Choice:
+def choose(
+    snapshot: Snapshot, key: Key | None, name: str, needs: Needs, standing_of: StandingOf, *, at_ms: int = 0
+) -> Choice:
     """The model that serves a request for `name`. A key of None may use no model but the one that it names.
+
+    `at_ms` is the moment (Unix ms) whose prices are compared; without it those that the records were written with.
 
     The model that is chosen may be down, when every other one is too: whoever asks decides whether to wait. Raises
     `ModelNotFound`, or `ContextLengthExceeded` where only the length is in the way.
     """
     if name in TASKS:
-        return _auto(snapshot, key, name, needs, standing_of)
+        return _auto(snapshot, key, name, needs, standing_of, at_ms)
     model = named(snapshot, name)
     if model is None:
         raise not_found(name)
@@ -140,17 +144,17 @@ def _usable(snapshot: Snapshot, key: Key | None) -> list[Model]:
     return [model for model in snapshot.models.values() if key is not None and model.enabled and key.may_use(model)]
 
 
-def _auto(snapshot: Snapshot, key: Key | None, task: str, needs: Needs, standing_of: StandingOf) -> Choice:
+def _auto(snapshot: Snapshot, key: Key | None, task: str, needs: Needs, standing_of: StandingOf, at_ms: int) -> Choice:
     usable = _usable(snapshot, key)
     lacking = {model.id: why for model in usable if (why := lacks(model, needs))}
     options = sorted(
         ((model, standing_of(model)) for model in usable if model.id not in lacking),
-        key=lambda option: _rank(option[0], option[1], needs),
+        key=lambda option: _rank(option[0], option[1], needs, at_ms),
     )
     if not options:
         raise _nobody(task, needs, usable)
     best, found = options[0]
-    others = [(model.id, _behind(model, stands, found, needs)) for model, stands in options[1:]]
+    others = [(model.id, _behind(model, stands, found, needs, at_ms)) for model, stands in options[1:]]
     return Choice(best, found, task, (*others, *lacking.items()), len({model.pool for model, _ in options}))
 
 
@@ -212,22 +216,23 @@ def _nobody(task: str, needs: Needs, usable: Iterable[Model]) -> HeadraceError:
 # --- comparing ----------------------------------------------------------------------------------------------------
 
 
-def _rank(model: Model, stands: Standing, needs: Needs) -> tuple[bool, int, Decimal, str]:
-    return stands.down is not None, stands.wait_ms // WAIT_STEP_MS, cost(model, needs), model.id
+def _rank(model: Model, stands: Standing, needs: Needs, at_ms: int) -> tuple[bool, int, Decimal, str]:
+    return stands.down is not None, stands.wait_ms // WAIT_STEP_MS, cost(model, needs, at_ms), model.id
 
 
-def cost(model: Model, needs: Needs) -> Decimal:
+def cost(model: Model, needs: Needs, at_ms: int = 0) -> Decimal:
     """What a request would cost, about, in the currency of the model's price; amounts are compared as they stand."""
-    return model.price.cost(needs.prompt_tokens, 0, needs.limit or EXPECTED_COMPLETION)
+    return model.price_at(at_ms).cost(needs.prompt_tokens, 0, needs.limit or EXPECTED_COMPLETION)
 
 
-def _behind(model: Model, stands: Standing, best: Standing, needs: Needs) -> str:
+def _behind(model: Model, stands: Standing, best: Standing, needs: Needs, at_ms: int) -> str:
     """Why a model that could take the request comes after the best."""
     if stands.down is not None:
         return _why(stands.down)
     if stands.wait_ms // WAIT_STEP_MS > best.wait_ms // WAIT_STEP_MS:
         return f"a wait of about {math.ceil(stands.wait_ms / 1000)} s"
-    return f"costs as much or more, about {cost(model, needs).normalize():f} {model.price.currency}"
+    about = cost(model, needs, at_ms).normalize()
+    return f"costs as much or more, about {about:f} {model.price_at(at_ms).currency}"
 
 
 def _why(error: HeadraceError) -> str:

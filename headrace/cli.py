@@ -17,7 +17,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("demo",),
     "run": ("run",),
     "up": ("up", "doctor"),
-    "control": ("apply", "providers", "apps", "keys"),
+    "control": ("apply", "providers", "apps", "users", "keys", "prices"),
     "fleet": ("models", "workers", "leases"),
     "topics": ("topics",),
     "audit": ("audit",),

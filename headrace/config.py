@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ from schemas import control
 from schemas.events import RAM
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
-DEFAULT_APP = "default"
+DEFAULT_APP = control.DEFAULT_APP
 _MAX_NAME = 128
 _REMOTE_OPTIONS: dict[str, type] = {"idle_timeout_s": float, "connect_timeout_s": float}
 OPTIONS: dict[str, dict[str, type]] = {
@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, type]] = {
     "openai": {**_REMOTE_OPTIONS, "continues": str},
 }
 """Options of each kind of provider; the workers' providers have the same ones."""
+_KINDS: dict[type, str] = {str: "a text", bool: "true or false", int: "a number", float: "a number"}
 _VALUES: dict[str, tuple[str, ...]] = {"continues": control.CONTINUES}
 """What an option may be, where that is not any value of its type."""
 
@@ -135,7 +136,7 @@ def _check_option(kind: str, name: str, value: object) -> None:
         raise ValueError(f"options.{name}: unknown option of kind {kind}{_meant(name, known)}")
     wanted = (int, float) if known[name] is float else known[name]
     if not isinstance(value, wanted) or (isinstance(value, bool) and known[name] is not bool):
-        raise ValueError(f"options.{name}: must be {'a number' if known[name] is not str else 'a text'}, not {value!r}")
+        raise ValueError(f"options.{name}: must be {_KINDS[known[name]]}, not {value!r}")
     if name in _VALUES and value not in _VALUES[name]:
         raise ValueError(f"options.{name}: must be {' or '.join(_VALUES[name])}, not {value!r}")
 
@@ -227,10 +228,38 @@ def default_config() -> Config:
     )
 
 
-def load_config(path: Path | None) -> Config:
-    """The configuration in a file, or the default one for None. Raises `ConfigError`."""
+def ollama_config(tags: Sequence[str], base_url: str | None) -> Config:
+    """What is served without a file where the environment names models of an Ollama server. Raises `ConfigError`."""
+    document = {
+        "providers": [
+            {"name": "ollama", "kind": "ollama", "options": {"pull": True}}
+            | ({"base_url": base_url} if base_url else {})
+        ],
+        "models": [{"id": tag, "provider": "ollama", "backend_tag": tag} for tag in tags],
+    }
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        faults = [_fault(dict(found)) for found in error.errors(include_url=False)]
+        raise ConfigError(
+            "\n".join(f"OLLAMA_BASE_URL or OLLAMA_MODELS: {_dotted(path)}{message}" for path, message in faults)
+        ) from None
+
+
+def ollama_tags(text: str) -> list[str]:
+    """The models in a list with commas, each once. None where the text is a path: Ollama itself calls its folder so."""
+    tags = dict.fromkeys(tag.strip() for tag in text.split(","))
+    return [tag for tag in tags if tag] if not text.strip().startswith(("/", "~", ".", "\\")) else []
+
+
+def load_config(path: Path | None, *, ollama_models: str = "", ollama_base_url: str | None = None) -> Config:
+    """The configuration in a file; without one that of an Ollama server's models, if any are named, else the default.
+
+    Raises `ConfigError`.
+    """
     if path is None:
-        return default_config()
+        tags = ollama_tags(ollama_models)
+        return ollama_config(tags, ollama_base_url) if tags else default_config()
     try:
         source = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -14,10 +14,10 @@ from aiokafka.errors import KafkaError
 from redis.exceptions import RedisError
 
 from headrace.errors import HeadraceError, Unavailable
-from headrace.projection import Projection
+from headrace.projection import EXISTS, PRECONDITION, CommandOutcome, Projection
 from headrace.redis_client import connect
 from headrace.settings import Settings
-from schemas.control import App, ControlCommand, Erasure, Key, Model, Provider, Record, Replay, User
+from schemas.control import App, ControlCommand, Erasure, Key, Model, Price, Provider, Record, Replay, User
 from topics.catalogue import CONTROL_COMMANDS
 from topics.clients import Producer
 
@@ -33,6 +33,20 @@ class CommandsRefused(HeadraceError):
     type = "invalid_request_error"
 
 
+class AlreadyThere(CommandsRefused):
+    """What was to be made is there already, and is another."""
+
+    code = "exists"
+
+
+class PreconditionFailed(HeadraceError):
+    """The record was changed since its sender read it."""
+
+    status = 412
+    code = "precondition_failed"
+    type = "invalid_request_error"
+
+
 @dataclass(frozen=True, slots=True)
 class ControlPlane:
     """All records in force, by natural key."""
@@ -44,8 +58,8 @@ class ControlPlane:
     keys: dict[str, Key]
 
 
-def command(record: Record, *, actor: str, reason: str = "") -> ControlCommand:
-    """A command that puts a record into force."""
+def command(record: Record, *, actor: str, reason: str = "", if_match: str | None = None) -> ControlCommand:
+    """A command that puts a record into force, on the condition that `ControlCommand.if_match` tells of."""
     match record:
         case Provider():
             kind, key = "providers", record.name
@@ -61,15 +75,22 @@ def command(record: Record, *, actor: str, reason: str = "") -> ControlCommand:
             kind, key = "replays", record.letter
         case Erasure():
             kind, key = "erasures", record.subject
-    return _command(kind, key, msgspec.Raw(msgspec.json.encode(record)), actor, reason)
+    return _command(kind, key, msgspec.Raw(msgspec.json.encode(record)), actor, reason, if_match)
+
+
+def priced(model_id: str, price: Price, *, actor: str, reason: str = "", if_match: str | None = None) -> ControlCommand:
+    """A command that gives a model a price from `price.effective_from_ms` on, 0 meaning now."""
+    return _command("prices", model_id, msgspec.Raw(msgspec.json.encode(price)), actor, reason, if_match)
 
 
 def deletion(kind: str, key: str, *, actor: str, reason: str = "") -> ControlCommand:
     """A command that deletes a record."""
-    return _command(kind, key, None, actor, reason)
+    return _command(kind, key, None, actor, reason, None)
 
 
-def _command(kind: str, key: str, value: msgspec.Raw | None, actor: str, reason: str) -> ControlCommand:
+def _command(
+    kind: str, key: str, value: msgspec.Raw | None, actor: str, reason: str, if_match: str | None
+) -> ControlCommand:
     return ControlCommand(
         id=uuid_utils.uuid7().hex,
         kind=kind,
@@ -78,16 +99,26 @@ def _command(kind: str, key: str, value: msgspec.Raw | None, actor: str, reason:
         actor=actor,
         reason=reason,
         at_ms=time.time_ns() // 1_000_000,
+        if_match=if_match,
     )
 
 
-class ControlClient:
-    """Reads the control plane from Redis and changes it through Kafka. `timeout` bounds each wait, in seconds."""
+_REFUSALS: dict[str, type[HeadraceError]] = {PRECONDITION: PreconditionFailed, EXISTS: AlreadyThere}
 
-    def __init__(self, settings: Settings, projection: Projection, *, timeout: float) -> None:
+
+class ControlClient:
+    """Reads the control plane from Redis and changes it through Kafka. `timeout` bounds each wait, in seconds.
+
+    With a `producer` of its maker's it makes none of its own.
+    """
+
+    def __init__(
+        self, settings: Settings, projection: Projection, *, timeout: float, producer: Producer | None = None
+    ) -> None:
         self._settings = settings
         self._projection = projection
         self._timeout = timeout
+        self._producer = producer
 
     async def read(self) -> ControlPlane:
         """All records in force; waits for a projection that is not complete. Raises `Unavailable`."""
@@ -123,12 +154,17 @@ class ControlClient:
     async def submit(self, commands: Sequence[ControlCommand]) -> None:
         """Send commands, in order, and return when all are in force.
 
-        Raises `CommandsRefused` with the reasons, `Unavailable` when it is not known in time what became of them.
+        Raises `CommandsRefused` with the reasons (`AlreadyThere` or `PreconditionFailed` where that was the first),
+        `Unavailable` when it is not known in time what became of them.
         """
         if not commands:
             return
         try:
-            async with Producer(self._settings.kafka, f"control-client-{self._settings.instance}") as producer:
+            async with contextlib.AsyncExitStack() as own:
+                producer = self._producer
+                if producer is None:
+                    name = f"control-client-{self._settings.instance}"
+                    producer = await own.enter_async_context(Producer(self._settings.kafka, name))
                 for sent in commands:
                     key = f"{sent.kind}/{sent.key}"
                     await producer.send(CONTROL_COMMANDS.name, msgspec.json.encode(sent), key=key)
@@ -138,7 +174,7 @@ class ControlClient:
 
     async def _wait_for(self, commands: Sequence[ControlCommand]) -> None:
         waiting = {sent.id: sent for sent in commands}
-        refusals: list[str] = []
+        refusals: list[CommandOutcome] = []
         try:
             async with asyncio.timeout(self._timeout):
                 while waiting:
@@ -151,7 +187,7 @@ class ControlClient:
                             break
                         del waiting[sent.id]
                         if outcome.status == "refused":
-                            refusals.append(outcome.reason)
+                            refusals.append(outcome)
         except TimeoutError:
             named = ", ".join(f"{sent.kind}/{sent.key}" for sent in list(waiting.values())[:5])
             raise Unavailable(
@@ -159,7 +195,7 @@ class ControlClient:
                 f"({named}). Is the control role running? They will be in force when it does."
             ) from None
         if refusals:
-            raise CommandsRefused("\n".join(refusals))
+            raise _REFUSALS.get(refusals[0].code, CommandsRefused)("\n".join(one.reason for one in refusals))
 
 
 @contextlib.asynccontextmanager

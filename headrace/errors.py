@@ -69,6 +69,26 @@ class Unauthorized(HeadraceError):
     type = "authentication_error"
 
 
+class InvalidToken(Unauthorized):
+    """An access or refresh token that is malformed, expired, or of a session that has ended."""
+
+    code = "invalid_token"
+
+
+class WrongPassword(Unauthorized):
+    """The e-mail address or the password is wrong; which of them is not told."""
+
+    code = "wrong_password"
+
+
+class TooManyAttempts(HeadraceError):
+    """Too many sign-ins failed, of this account or from this address."""
+
+    status = 429
+    code = "too_many_attempts"
+    type = "rate_limit_error"
+
+
 class Forbidden(HeadraceError):
     """The key is good, but not for this."""
 

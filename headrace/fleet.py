@@ -17,7 +17,7 @@ from headrace.model_facts import newest, warnings
 from headrace.pools import STALE_S
 from headrace.settings import Settings
 from schemas.admin import DeviceView, FactsView, LeaseView, ModelView, PriceView, ResidentView, WorkerView
-from schemas.control import Model
+from schemas.control import API, Model
 from schemas.events import LeaseEvent, ModelCard, ModelState, PoolStatus, WorkerStatus
 from topics.catalogue import LEASES, POOL_STATUS, WORKER_STATUS
 from topics.clients import LogReader
@@ -88,7 +88,7 @@ class Fleet:
         self, model: Model, state: ModelState | None, card: ModelCard | None, leases: list[LeaseView], now_ms: int
     ) -> ModelView:
         status = self.pool(model.pool, now_ms)
-        price = model.price
+        price = model.price_at(now_ms)
         return ModelView(
             id=model.id,
             aliases=list(model.aliases),
@@ -105,6 +105,12 @@ class Fleet:
             max_concurrency=model.max_concurrency,
             bytes=model.bytes,
             load_ms=model.load_ms,
+            origin="api" if model.origin == API else "file",
+            default_max_tokens=model.default_max_tokens,
+            rate_limit_rpm=model.rate_limit_rpm,
+            rate_limit_tpm=model.rate_limit_tpm,
+            concurrency_limit=model.concurrency_limit,
+            adapters=model.adapters,
             price=PriceView(
                 input=str(price.input), output=str(price.output), cached=str(price.cached),
                 currency=price.currency, version=price.version,

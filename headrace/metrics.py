@@ -18,6 +18,7 @@ OPEN_STREAMS = Gauge("headrace_open_streams", "Callers attached to this ingress.
 TOKENS_OUT = Counter("headrace_tokens_streamed_total", "Tokens written to callers.")
 CALLERS_DROPPED = Counter("headrace_callers_dropped_total", "Callers dropped because they read too slowly.")
 CALLERS_LEFT = Counter("headrace_callers_left_total", "Callers that left before the end of their answer.")
+ANSWERS_REVOKED = Counter("headrace_answers_revoked_total", "Answers ended because their key, user or app was.")
 REPLY_LAG = Gauge("headrace_reply_lag_frames", "Records of this ingress's reply partition not yet read.")
 
 # agents

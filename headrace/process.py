@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from headrace import logs
 from headrace.cancellation import end
 from headrace.parent import watch_parent
+from headrace.production import faults
 from headrace.settings import Settings, settings
 from headrace.telemetry import serve_metrics
 from topics.catalogue import CATALOGUE, worker_commands
@@ -46,6 +47,9 @@ def run_role(role: str) -> int:
                 continue
             name = "HEADRACE_" + "_".join(str(part) for part in problem["loc"]).upper()
             print(f"{name}: {problem['msg']} (got {problem['input']!r})", flush=True)
+        return 2
+    if refused := faults(conf, role):
+        print("\n".join(refused), flush=True)
         return 2
     logs.configure(conf, role)
     with contextlib.suppress(KeyboardInterrupt):

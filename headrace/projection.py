@@ -1,8 +1,8 @@
 """The control plane in Redis, as it is written: generations of hashes, filled from Kafka and kept by source offset.
 
 Keys: `hr:gen` names the generation in force. Under it stand hashes `hr:<n>:<kind>`, one a kind of `CONTROL_RECORDS`
-(natural key -> JSON record), `hr:<n>:key_ids` (id of an API key -> its natural key), `hr:<n>:offsets` (source topic ->
-next offset), the counter `hr:<n>:version` and `hr:<n>:complete`.
+(natural key -> JSON record), `hr:<n>:key_ids` (id of an API key -> its natural key), `hr:<n>:user_emails` (address ->
+id of the user), `hr:<n>:offsets` (source topic -> next offset), the counter `hr:<n>:version` and `hr:<n>:complete`.
 The marker holds the `run_id` of the server it was written to: a server that came back, empty or from an old snapshot,
 has another one, so that its content counts as incomplete until the control processor has compared it with Kafka.
 """
@@ -60,6 +60,13 @@ if kind == 'keys' then
   local before = redis.call('HGET', base..kind, key)
   if before then redis.call('HDEL', base..'key_ids', cjson.decode(before).id) end
   if value then redis.call('HSET', base..'key_ids', cjson.decode(value).id, key) end
+elseif kind == 'users' then
+  local before = redis.call('HGET', base..kind, key)
+  if before then
+    local email = cjson.decode(before).email
+    if redis.call('HGET', base..'user_emails', email) == key then redis.call('HDEL', base..'user_emails', email) end
+  end
+  if value then redis.call('HSET', base..'user_emails', cjson.decode(value).email, key) end
 end
 if kind ~= '' then
   if value then redis.call('HSET', base..kind, key, value) else redis.call('HDEL', base..kind, key) end
@@ -84,7 +91,8 @@ if old then
   end
   version = math.max(version, tonumber(redis.call('GET', 'hr:'..old..':version') or '0') + 1)
 end
-for _, part in ipairs({'models', 'providers', 'apps', 'users', 'keys', 'replays', 'erasures', 'key_ids', 'offsets'}) do
+for _, part in ipairs({'models', 'providers', 'apps', 'users', 'keys', 'replays', 'erasures', 'key_ids', 'user_emails',
+                       'offsets'}) do
   redis.call('PERSIST', base..part)
   if old and old ~= gen then redis.call('UNLINK', 'hr:'..old..':'..part) end
 end
@@ -108,12 +116,18 @@ class Outcome(StrEnum):
     """There is no whole generation to apply it to: rebuild, then apply again."""
 
 
+PRECONDITION, EXISTS = "precondition", "exists"
+"""Codes of refusals: the record is not the one that was seen; there is one where there should be none."""
+
+
 class CommandOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """What the control processor made of a command: `applied`, `unchanged` or `refused`, and why."""
 
     id: str
     status: str
     reason: str = ""
+    code: str = ""
+    """Of a refusal: `PRECONDITION`, `EXISTS`, or empty for what no other command would mend."""
 
 
 class State(NamedTuple):
@@ -174,8 +188,8 @@ class Projection:
         return [value.encode() if isinstance(value, str) else value for value in values if value is not None]
 
     async def tell(self, outcome: CommandOutcome) -> None:
-        """Let the sender of a command know what became of it."""
-        await self._redis.set(_outcome_key(outcome.id), msgspec.json.encode(outcome), ex=OUTCOME_TTL_S)
+        """Let the sender of a command know what became of it. What was told first stands: a command may come twice."""
+        await self._redis.set(_outcome_key(outcome.id), msgspec.json.encode(outcome), ex=OUTCOME_TTL_S, nx=True)
 
     async def outcome(self, command_id: str) -> CommandOutcome | None:
         """What became of a command; None when that is not known (yet, or any more)."""
@@ -189,7 +203,10 @@ class Projection:
         base = f"hr:{fill.generation}:"
         await self._redis.set(base + "filling", fill.token, ex=FILL_TTL_S)
         ids = {msgspec.json.decode(raw, type=_KeyId).id: digest for digest, raw in records.get("keys", {}).items()}
-        hashes: dict[str, Mapping[str, bytes | str]] = {**records, "key_ids": ids}
+        emails = {
+            msgspec.json.decode(raw, type=_UserEmail).email: name for name, raw in records.get("users", {}).items()
+        }
+        hashes: dict[str, Mapping[str, bytes | str]] = {**records, "key_ids": ids, "user_emails": emails}
         for kind, held in hashes.items():
             items = list(held.items())
             for start in range(0, len(items), _CHUNK):
@@ -207,7 +224,7 @@ class Projection:
 
     async def drop(self, fill: Fill) -> None:
         """Forget a filled generation that will not be put into force."""
-        parts = (*CONTROL_RECORDS, "key_ids", "offsets", "filling")
+        parts = (*CONTROL_RECORDS, "key_ids", "user_emails", "offsets", "filling")
         await self._redis.unlink(*(f"hr:{fill.generation}:{part}" for part in parts))
 
 
@@ -222,6 +239,12 @@ class _KeyId(msgspec.Struct):
     """The part of a key's record by which it is found."""
 
     id: str
+
+
+class _UserEmail(msgspec.Struct):
+    """The part of a user's record by which it is found."""
+
+    email: str
 
 
 def _outcome_key(command_id: str) -> str:

@@ -1,4 +1,4 @@
-"""The read model of the control plane: models, providers and apps in memory, keys asked of Redis.
+"""The read model of the control plane: models, providers and apps in memory, keys and users asked of Redis.
 
 An answer is given only from a whole projection that was confirmed a moment ago; otherwise `Unavailable` is raised, so
 that a caller sees 503 and never a 401 for a key that exists.
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -21,7 +21,7 @@ from redis.exceptions import RedisError
 from headrace.cancellation import end
 from headrace.errors import Unavailable
 from headrace.projection import CHANGES, LUA_STATE, Projection, text
-from schemas.control import App, Key, Model, Provider
+from schemas.control import App, Key, Model, Provider, User
 
 __all__ = ["Projection", "Registry", "Snapshot"]
 
@@ -46,13 +46,32 @@ return {gen, version, 1, redis.call('HVALS', base..'models'), redis.call('HVALS'
         redis.call('HVALS', base..'apps')}
 """
 )
+_FIND = """
+local function find(base, kind, name)
+  if kind == 'user' then return redis.call('HGET', base..'users', name) end
+  if kind == 'email' then
+    local id = redis.call('HGET', base..'user_emails', name)
+    return id and redis.call('HGET', base..'users', id)
+  end
+  if kind == 'id' then name = redis.call('HGET', base..'key_ids', name) end
+  return name and redis.call('HGET', base..'keys', name)
+end
+"""
 _READ_KEY = (
     LUA_STATE
+    + _FIND
     + """
 if whole == 0 then return {gen or '', version, 0, false} end
-local base, digest = 'hr:'..gen..':', ARGV[1]
-if ARGV[2] == 'id' then digest = redis.call('HGET', base..'key_ids', digest) end
-return {gen, version, 1, digest and redis.call('HGET', base..'keys', digest)}
+return {gen, version, 1, find('hr:'..gen..':', ARGV[2], ARGV[1])}
+"""
+)
+_READ_CALLERS = (
+    LUA_STATE
+    + _FIND
+    + """
+local found = {}
+for i = 1, #ARGV, 2 do found[#found + 1] = whole == 1 and find('hr:'..gen..':', ARGV[i], ARGV[i + 1]) end
+return {whole, found}
 """
 )
 
@@ -94,12 +113,16 @@ def snapshot_of(models: list[bytes], providers: list[bytes], apps: list[bytes], 
     )
 
 
-_KeyName = tuple[str, str]
-"""By what a key is asked for: (`sha256` or `id`, its value)."""
+_Name = tuple[str, str]
+"""By what a key or a user is asked for: (`sha256` or `id` of a key, `user` for a user's id, or `email`; its value)."""
+Caller = Key | User
 
 
-class _CachedKey(NamedTuple):
-    key: Key
+_TYPES: dict[str, type[Caller]] = {"sha256": Key, "id": Key, "user": User, "email": User}
+
+
+class _Cached(NamedTuple):
+    record: Caller
     generation: str
     version: int
     read_at: float
@@ -114,11 +137,12 @@ class Registry:
         self._read_state = redis.register_script(_READ_STATE)
         self._read_all = redis.register_script(_READ_ALL)
         self._read_key = redis.register_script(_READ_KEY)
+        self._read_callers = redis.register_script(_READ_CALLERS)
         self._snapshot: Snapshot | None = None
         self._generation = ""
         self._confirmed_at = float("-inf")
-        self._keys: OrderedDict[_KeyName, _CachedKey] = OrderedDict()
-        self._lookups: dict[_KeyName, asyncio.Task[Key | None]] = {}
+        self._cached: OrderedDict[_Name, _Cached] = OrderedDict()
+        self._lookups: dict[_Name, asyncio.Task[Caller | None]] = {}
         self._announced = asyncio.Event()
         self._refreshed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
@@ -145,6 +169,13 @@ class Registry:
             raise Unavailable("The control plane cannot be reached. Try again in a moment.")
         return self._snapshot
 
+    async def moved(self, seen: int, timeout: float) -> int:
+        """The version of the control plane, as soon as it is another than `seen`, at the latest after `timeout` s."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout), self._refreshed:
+                await self._refreshed.wait_for(lambda: self._version() != seen)
+        return self._version()
+
     async def wait_complete(self, timeout: float) -> Snapshot:
         """Wait until there is a snapshot. Raises `Unavailable` after `timeout` seconds."""
         try:
@@ -162,39 +193,64 @@ class Registry:
         What is not cached is asked of Redis, so that a new key works at once. Raises `Unavailable` when Redis is away
         or its projection is incomplete.
         """
-        return await self._key(("sha256", sha256_hex))
+        return _if_key(await self._find(("sha256", sha256_hex)))
 
     async def key_by_id(self, key_id: str) -> Key | None:
         """The key with this id, as `key` finds it by its digest: for those who handle requests that it has sent."""
-        return await self._key(("id", key_id))
+        return _if_key(await self._find(("id", key_id)))
 
-    async def _key(self, name: _KeyName) -> Key | None:
+    async def user(self, user_id: str, *, fresh: bool = False) -> User | None:
+        """The user with this id, enabled or not. `fresh` asks Redis in any case. Raises `Unavailable`."""
+        name = ("user", user_id)
+        return _if_user(await (self._lookup(name) if fresh else self._find(name)))
+
+    async def user_by_email(self, email: str) -> User | None:
+        """The user with this address, as Redis has it now. Raises `Unavailable`."""
+        return _if_user(await self._lookup(("email", email)))
+
+    async def callers(self, names: Sequence[_Name]) -> list[Caller | None]:
+        """Keys and users as Redis has them now, in one question, in the order of their names. Raises `Unavailable`."""
+        if not names:
+            return []
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+                whole, found = await self._read_callers(args=[part for name in names for part in name])
+        except (RedisError, OSError, TimeoutError) as error:
+            raise Unavailable("Keys cannot be checked now. Try again in a moment.") from error
+        if not whole:
+            raise Unavailable("The control plane is not complete yet. Try again in a moment.")
+        return [
+            msgspec.json.decode(raw, type=_TYPES[name[0]]) if raw is not None else None
+            for name, raw in zip(names, found, strict=True)
+        ]
+
+    async def _find(self, name: _Name) -> Caller | None:
         now, snapshot = self._clock(), self.snapshot
-        cached = self._keys.get(name)
+        cached = self._cached.get(name)
         if (
             cached is not None
             and now - cached.read_at <= KEY_AGE_S
             and (cached.generation, cached.version) == (self._generation, snapshot.version)
         ):
-            return cached.key
+            return cached.record
         running = self._lookups.get(name)
         if running is not None:
             found = await asyncio.shield(running)
             if found is not None:
                 return found
-            # That question may have been put before the key was made, so ask once more.
+            # That question may have been put before the record was made, so ask once more.
         task = asyncio.create_task(self._lookup(name))
         self._lookups[name] = task
         task.add_done_callback(lambda done: self._forget_lookup(name, done))
         return await asyncio.shield(task)
 
-    def _forget_lookup(self, name: _KeyName, task: asyncio.Task[Key | None]) -> None:
+    def _forget_lookup(self, name: _Name, task: asyncio.Task[Caller | None]) -> None:
         if self._lookups.get(name) is task:
             del self._lookups[name]
         if not task.cancelled():
             task.exception()  # Its callers have it; without one, nobody waits for it.
 
-    async def _lookup(self, name: _KeyName) -> Key | None:
+    async def _lookup(self, name: _Name) -> Caller | None:
         asked_at = self._clock()
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S):
@@ -208,14 +264,14 @@ class Registry:
         if (text(generation), int(version)) != (self._generation, self._version()):
             self._announced.set()
         if raw is None:
-            self._keys.pop(name, None)
+            self._cached.pop(name, None)
             return None
-        key = msgspec.json.decode(raw, type=Key)
-        self._keys[name] = _CachedKey(key, text(generation), int(version), asked_at)
-        self._keys.move_to_end(name)
-        if len(self._keys) > KEY_CACHE_SIZE:
-            self._keys.popitem(last=False)
-        return key
+        record = msgspec.json.decode(raw, type=_TYPES[name[0]])
+        self._cached[name] = _Cached(record, text(generation), int(version), asked_at)
+        self._cached.move_to_end(name)
+        if len(self._cached) > KEY_CACHE_SIZE:
+            self._cached.popitem(last=False)
+        return record
 
     def _version(self) -> int:
         return self._snapshot.version if self._snapshot is not None else 0
@@ -255,7 +311,7 @@ class Registry:
         self._snapshot = snapshot_of(models, providers, apps, int(version))
         self._generation = text(generation)
         self._confirmed_at = asked_at
-        self._keys.clear()
+        self._cached.clear()
 
     async def _listen(self) -> None:
         while True:
@@ -270,3 +326,11 @@ class Registry:
             except (RedisError, OSError, RuntimeError) as error:  # the last is uvloop's, of a closed transport
                 log.warning("registry_not_listening", error=repr(error))
                 await asyncio.sleep(POLL_S)
+
+
+def _if_key(found: Caller | None) -> Key | None:
+    return found if isinstance(found, Key) else None
+
+
+def _if_user(found: Caller | None) -> User | None:
+    return found if isinstance(found, User) else None

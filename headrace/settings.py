@@ -12,16 +12,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import ByteSize, Field, FilePath, SecretStr, model_validator
+from pydantic import AliasChoices, ByteSize, Field, FilePath, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from topics.cluster import Cluster, SaslMechanism, SecurityProtocol
 
 
+def _also(name: str) -> AliasChoices:
+    """The variable of a setting that is read without our prefix too, as people have it from similar stacks."""
+    return AliasChoices(f"HEADRACE_{name.upper()}", name.upper())
+
+
 class Settings(BaseSettings):
     """Where the parts are and how this process behaves. Durations are seconds, sizes are bytes."""
 
-    model_config = SettingsConfigDict(env_prefix="HEADRACE_", extra="ignore", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix="HEADRACE_", extra="ignore", hide_input_in_errors=True, populate_by_name=True
+    )
 
     kafka_bootstrap: str = "127.0.0.1:9092"
     """Comma-separated `host:port` of Kafka brokers."""
@@ -59,6 +66,17 @@ class Settings(BaseSettings):
     config: Path | None = None
     """Path of `headrace.toml`; None serves the built-in default model."""
     admin_key: SecretStr | None = None
+    env: Literal["development", "production"] = "development"
+    """In `production` a process does not start with a secret that is missing, short or known from examples."""
+    jwt_secret: SecretStr | None = Field(default=None, validation_alias=_also("jwt_secret"))
+    """What access tokens are signed with; without one nobody signs in. A local stack makes its own."""
+    admin_email: str | None = Field(default=None, validation_alias=_also("admin_email"))
+    """The first owner, whom `headrace apply` makes if there is no such user yet."""
+    admin_password: SecretStr | None = None
+    ollama_base_url: str | None = Field(default=None, validation_alias=_also("ollama_base_url"))
+    """The Ollama server whose models are served where there is no `headrace.toml`."""
+    ollama_models: str = Field(default="", validation_alias=_also("ollama_models"))
+    """Comma-separated tags of those models; they are pulled if they are not there."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)

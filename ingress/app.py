@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from headrace import __version__
 from ingress import http_errors, ops, requests, usage
-from ingress.admin import audit as admin_audit
-from ingress.admin import erasures as admin_erasures
-from ingress.admin import letters as admin_letters
-from ingress.admin import machines as admin_machines
+from ingress.admin import apps, audit, erasures, keys, letters, machines, prices, users
 from ingress.admin import models as admin_models
+from ingress.admin import steering as admin_steering
 from ingress.admin import usage as admin_usage
 from ingress.openai import chat, models, resume
 from ingress.openai.answer import DIRECT_SEND
 from ingress.services import Services
+from ingress.signin import routes as signin
+from schemas.openai import ChatCompletionRequest
+
+# Steering models comes before reading them: their ids may have slashes, and what follows the last one is a verb.
+ROUTES = (
+    chat, resume, models, requests, usage, ops, signin, keys, users, apps, prices, admin_steering, admin_models,
+    machines, admin_usage, audit, letters, erasures,
+)  # fmt: skip
+BEARER = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "An API key (`hr-…`), or the access token of a signed-in user.",
+}
 
 
 class DirectSend:
@@ -51,11 +66,25 @@ def make_app(services: Services) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=origins,
-            allow_methods=["GET", "POST", "OPTIONS"],
+            allow_methods=["GET", "POST", "PATCH", "DELETE", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after"],
+            expose_headers=["x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after", "etag"],
         )
-    admin = (admin_models, admin_machines, admin_usage, admin_audit, admin_letters, admin_erasures)
-    for module in (chat, resume, models, requests, usage, ops, *admin):
+    for module in ROUTES:
         app.include_router(module.router)
+    app.openapi = partial(_described, app)  # type: ignore[method-assign]
     return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, with how callers say who they are."""
+    if app.openapi_schema is None:
+        made = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes,
+        )  # fmt: skip
+        components = made.setdefault("components", {})
+        components["securitySchemes"] = {"bearer": BEARER}
+        body = ChatCompletionRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        components["schemas"] |= {**body.pop("$defs", {}), ChatCompletionRequest.__name__: body}
+        app.openapi_schema = made
+    return app.openapi_schema

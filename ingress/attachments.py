@@ -89,6 +89,19 @@ class Attachments:
             if self._leaving.get(request_id) is asyncio.current_task():
                 del self._leaving[request_id]
 
+    def revoked(self, request_id: str, tenant: str, reason: str) -> None:
+        """Who asked for a request may not have it any more: cancel it, whoever else is attached."""
+        if (leaving := self._leaving.pop(request_id, None)) is not None:
+            leaving.cancel()
+        self._leaving[request_id] = asyncio.create_task(self._cancel_now(request_id, tenant, reason))
+
+    async def _cancel_now(self, request_id: str, tenant: str, reason: str) -> None:
+        try:
+            await self.cancel(request_id, tenant, reason)
+        finally:
+            if self._leaving.get(request_id) is asyncio.current_task():
+                del self._leaving[request_id]
+
     async def cancel(self, request_id: str, tenant: str, reason: str) -> None:
         """Ask for the end of a request."""
         wish = Cancellation(request_id, tenant, reason, time.time_ns() // 1_000_000, by=self._instance)

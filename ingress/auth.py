@@ -1,4 +1,4 @@
-"""Who is calling: the bearer key of a request, checked against the registry."""
+"""Who is calling: the key or the access token of a request, checked against the registry."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import time
 
 from starlette.requests import Request
 
+from headrace.access import Principal, app_refusal, check_app_name, key_refusal, user_refusal
 from headrace.choice import named, not_found
-from headrace.errors import Forbidden, Unauthorized
-from headrace.registry import Registry, Snapshot
+from headrace.errors import InvalidToken, Unauthorized
+from headrace.registry import Snapshot
+from ingress.services import Services
+from ingress.signin.tokens import is_token
 from schemas.control import Key, Model
 
 
-async def caller(request: Request, registry: Registry) -> Key:
-    """The key of the caller. Raises `Unauthorized`, or `Unavailable` while the registry is not complete."""
+async def authenticate(request: Request) -> Principal:
+    """Who calls. Raises `Unauthorized`, `Forbidden`, or `Unavailable` while the registry is not complete."""
+    services: Services = request.app.state.services
     header = request.headers.get("authorization", "")
     scheme, _, text = header.partition(" ")
     text = text.strip()
@@ -22,14 +26,39 @@ async def caller(request: Request, registry: Registry) -> Key:
         raise Unauthorized("No API key was sent; send it as 'Authorization: Bearer hr-…'.")
     if scheme.lower() != "bearer" or not text:
         raise Unauthorized("The Authorization header must be 'Bearer hr-…'.")
-    key = await registry.key(hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest())
-    if key is None or not key.enabled:
-        raise Unauthorized("The API key is not known or was revoked.")
-    if key.expires_at is not None and key.expires_at <= time.time():
-        raise Unauthorized("The API key has expired.")
-    app = registry.snapshot.apps.get(key.app)
-    if app is None or not app.enabled:
-        raise Forbidden("The API key's app is not enabled.")
+    if is_token(text):
+        return await _signed_in(services, text)
+    key = await services.registry.key(hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest())
+    refused = key_refusal(key, services.registry.snapshot.apps, time.time())
+    if refused is not None or key is None:
+        raise refused or Unauthorized("The API key is not known.")
+    return Principal.of_key(key)
+
+
+async def _signed_in(services: Services, text: str) -> Principal:
+    """The user whose access token this is, if the session and the user's record still are as when it was issued."""
+    claims = services.signin.read(text, now_s=time.time())
+    session = await services.sessions.get(claims.sid)
+    if session is None or session.user != claims.sub:
+        raise InvalidToken("The session has ended; sign in again.")
+    user = await services.registry.user(claims.sub)
+    if user is not None and not session.is_of(user):
+        # Another replica may have changed the user a moment ago, and begun this session since.
+        user = await services.registry.user(claims.sub, fresh=True)
+    refused = user_refusal(user)
+    if refused is not None or user is None:
+        raise refused or Unauthorized("The user is not known.")
+    if not session.is_of(user):
+        raise InvalidToken("Your role or password was changed; sign in again.")
+    return Principal.of_user(user, claims.sid)
+
+
+def asking_key(request: Request, principal: Principal) -> Key:
+    """The key under which a principal asks models; a signed-in user names an app by `x-hr-app`. Raises `Forbidden`."""
+    services: Services = request.app.state.services
+    key = principal.asks_for(check_app_name(request.headers.get("x-hr-app")))
+    if principal.key is None and (refused := app_refusal(key.app, services.registry.snapshot.apps)) is not None:
+        raise refused
     return key
 
 

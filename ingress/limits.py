@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import structlog
 
@@ -38,7 +39,7 @@ class Admissions:
         scopes = scopes_of(key, snapshot.apps.get(key.app), model)
         if not scopes:
             return UNLIMITED
-        worst = worst_case(asked, body_bytes, model, self._default_output)
+        worst = worst_case(asked, body_bytes, model, self._default_output, at_ms=time.time_ns() // 1_000_000)
         for wait_s in AGAIN_S:
             try:
                 return await self._limiter.admit(key.app, request_id, scopes, worst, model.id)

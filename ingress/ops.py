@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from redis.exceptions import RedisError
 from starlette.responses import JSONResponse, Response
@@ -12,18 +12,22 @@ from starlette.responses import JSONResponse, Response
 from headrace.errors import Unavailable
 from headrace.model_facts import newest, warnings
 from headrace.telemetry import gather
+from ingress import guard
+from ingress.guard import public
 from ingress.services import Services
 
-router = APIRouter()
+router = guard.router()
 
 
 @router.get("/health/live")
+@public
 async def live() -> dict[str, str]:
     """Whether this process answers at all."""
     return {"status": "live"}
 
 
 @router.get("/health/ready")
+@public
 async def ready(request: Request) -> JSONResponse:
     """Whether a chat request would be answered; names each part that is not ready, and why."""
     services: Services = request.app.state.services
@@ -82,6 +86,7 @@ async def not_ready(services: Services) -> dict[str, str]:
 
 
 @router.get("/metrics")
+@public
 async def metrics(request: Request) -> Response:
     """Prometheus metrics of every role that is reachable, labelled by role and instance."""
     services: Services = request.app.state.services

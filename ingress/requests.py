@@ -5,21 +5,25 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from pydantic import BaseModel
 
 from headrace import audit
+from headrace.access import Permission
 from headrace.erasure import Erased
 from headrace.errors import NotFound, Unavailable
-from ingress.auth import caller
+from ingress import guard
+from ingress.guard import Who
 from ingress.lookup import age_ms
 from ingress.openai.render import error_object, usage_object
 from ingress.services import Services
 from schemas.events import STAGE_RANK, LifecycleEvent, Terminal
 from schemas.ids import PublicId, created_ms, normalise_request_id
+from schemas.openai import ErrorBody
 
-router = APIRouter()
+router = guard.router()
 
+UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": ErrorBody, "description": "There is none of yours."}}
 RECENT_MS = 15 * 60_000
 """Younger requests are read from Kafka, where nothing lags; older ones from ClickHouse."""
 
@@ -54,11 +58,11 @@ class RequestLife(BaseModel):
     steps: list[Step]
 
 
-@router.get("/v1/requests/{request_id}")
-async def life(request: Request, request_id: str) -> RequestLife:
+@router.get("/v1/requests/{request_id}", responses=UNKNOWN)
+@guard.needs(Permission.REQUESTS_READ)
+async def life(request: Request, request_id: str, who: Who) -> RequestLife:
     """A request's lifecycle, by request id or completion id."""
     services: Services = request.app.state.services
-    key = await caller(request, services.registry)
     found = normalise_request_id(request_id)
     if found is None:
         raise NotFound(f"{request_id!r} is no request id.")
@@ -71,13 +75,13 @@ async def life(request: Request, request_id: str) -> RequestLife:
     else:
         events, terminal = await _stored(services, found), None
     tenant = terminal.tenant if terminal is not None else events[0].tenant if events else None
-    if tenant is None or (tenant != key.app and key.role != "admin"):
+    if tenant is None or not who.sees(tenant):
         raise NotFound(f"The request {request_id!r} is not known.")
     if any(event.detail.get("erased") for event in events):
         raise Erased
     await services.erasures.check(tenant, found, *_sent(events, terminal))
-    if tenant != key.app:
-        said = audit.note("read", "requests", found, actor=f"key {key.id}", tenant=tenant)
+    if tenant not in who.apps:
+        said = audit.note("read", "requests", found, actor=who.actor, tenant=tenant)
         await audit.record(services.producer, said)
     return describe(found, tenant, events, terminal)
 

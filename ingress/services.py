@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Awaitable
 
 import structlog
 
 from headrace.analytics import Analytics
+from headrace.control_client import ControlClient
 from headrace.erasure import ErasureBook
 from headrace.fleet import FleetReader
 from headrace.limits.limiter import Limiter
 from headrace.model_facts import FactsCache
 from headrace.pools import Pools
+from headrace.projection import Projection
 from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
@@ -21,10 +24,17 @@ from ingress.idempotency import Reservations
 from ingress.limits import Admissions
 from ingress.lookup import Lookup
 from ingress.replies import ReplyReader
+from ingress.revocations import Revocations
+from ingress.signin.attempts import Attempts
+from ingress.signin.sessions import Sessions
+from ingress.signin.tokens import SignIn
 from topics.clients import Producer
 from topics.outcomes import Outcomes
 
 log = structlog.get_logger(__name__)
+
+CONFIRM_S = 10.0
+"""How long a change of the control plane may take to be in force."""
 
 
 class Services:
@@ -36,6 +46,13 @@ class Services:
         self.registry = Registry(self.redis)
         self.erasures = ErasureBook(self.redis)
         self.producer = Producer(settings.kafka, settings.instance)
+        self.projection = Projection(self.redis)
+        self.control = ControlClient(settings, self.projection, timeout=CONFIRM_S, producer=self.producer)
+        secret = settings.jwt_secret
+        self.signin = SignIn(secret.get_secret_value() if secret is not None else secrets.token_urlsafe(48))
+        self.sessions = Sessions(self.redis)
+        self.attempts = Attempts(self.redis)
+        self.revocations = Revocations(self.registry)
         self.outcomes = Outcomes(self.producer, "ingress", settings.instance)
         self.replies = ReplyReader(settings.kafka, settings.instance)
         self.pools = Pools(settings.kafka, settings.instance)
@@ -56,7 +73,8 @@ class Services:
         """Connect; waits for the brokers, not for Redis (its absence is answered with 503)."""
         await self.producer.start()
         await self.registry.start()
-        for work in (self.replies.run(), self.replies.sweep(), self.pools.run(), self.fleet.run()):
+        readers = self.replies.run(), self.replies.sweep(), self.pools.run(), self.fleet.run(), self.revocations.run()
+        for work in readers:
             self._watch(work)
 
     def _watch(self, work: Awaitable[None]) -> None:

@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import Header, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from clickhouse.usage_query import BadUsageQuery, Bucket, UsageQuery
+from headrace.access import Permission
 from headrace.analytics import UsageAnswer
 from headrace.errors import InvalidRequest
-from ingress.auth import caller
+from ingress import guard
+from ingress.auth import asking_key
+from ingress.guard import Who
 from ingress.services import Services
-from schemas.openai import ErrorBody
 
-router = APIRouter(tags=["usage"])
+router = guard.router(tags=["usage"])
 
 SPAN = timedelta(days=30)
 From = Annotated[datetime | None, Query(alias="from", description="Begin, ISO 8601; default 30 days before `to`.")]
@@ -25,9 +27,11 @@ Accept = Annotated[str, Header(include_in_schema=False)]
 Limit = Annotated[int, Query(ge=1, le=10_000, description="Most rows.")]
 
 
-@router.get("/v1/usage", responses={401: {"model": ErrorBody}, 400: {"model": ErrorBody}, 503: {"model": ErrorBody}})
+@router.get("/v1/usage")
+@guard.needs(Permission.USAGE_OWN)
 async def own_usage(
     request: Request,
+    who: Who,
     begin: From = None,
     end: To = None,
     bucket: Annotated[Bucket, Query(description="Length of the steps of time.")] = Bucket.DAY,
@@ -36,7 +40,7 @@ async def own_usage(
 ) -> Response:
     """Requests, tokens and cost of the calling key, by model and day; nobody else's."""
     services: Services = request.app.state.services
-    key = await caller(request, services.registry)
+    key = asking_key(request, who)
     where = {"tenant": (key.app,), "key": (key.id,)}
     query = asked(begin, end, bucket, by=("model",), where=where, limit=10_000)
     return rendered(query, await services.analytics.usage(query), form, accept)

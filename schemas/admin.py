@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
+from schemas.admin_records import Page
 from schemas.events import PoolCommandKind
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=500, strip_whitespace=True)]
@@ -82,6 +83,14 @@ class ModelView(BaseModel):
     """Device memory that it is expected to take; 0 where none is counted."""
     load_ms: int
     price: PriceView
+    """The one in force."""
+    origin: Literal["file", "api"]
+    """Whether `headrace.toml` names it, or it was made by the admin API or the command line."""
+    default_max_tokens: int | None
+    rate_limit_rpm: int | None
+    rate_limit_tpm: int | None
+    concurrency_limit: int | None
+    adapters: dict[str, str]
     state: str
     """`active`, `loading`, `draining`, `failed`, `unloaded`, or `unknown` while the pool's scheduler is not heard."""
     error: str | None
@@ -102,10 +111,9 @@ class ModelView(BaseModel):
     leases: list[LeaseView]
 
 
-class ModelViews(BaseModel):
+class ModelViews(Page):
     """The answer of `GET /admin/models`."""
 
-    object: Literal["list"] = "list"
     data: list[ModelView]
 
 

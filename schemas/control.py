@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from decimal import Decimal
 
 import msgspec
 
 ANY_MODEL = "*"
+DEFAULT_APP = "default"
+"""The app that is there from the start."""
+API = "api"
+"""Origin of what was made by the admin API or the command line, and not by `headrace.toml`."""
+ABSENT = ""
+"""What `ControlCommand.if_match` is where the record must not be there yet."""
 CONTINUES = ("prefill", "vllm")
 """How a server that speaks OpenAI's API is asked to go on with a text: values of the provider option `continues`."""
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
@@ -85,11 +92,20 @@ class Price(msgspec.Struct, frozen=True):
     output: Decimal
     cached: Decimal
     currency: str = "USD"
+    effective_from_ms: int = 0
+    """Unix ms from which on requests that are accepted have it."""
+    origin: str = ""
+    """`API` for one that was set by itself; empty for one that came with its model."""
 
     def cost(self, prompt: int, cached: int, completion: int) -> Decimal:
         """Exact cost of a request; `cached` prompt tokens are part of `prompt` and cost their own price."""
         million = Decimal(1_000_000)
         return ((prompt - cached) * self.input + cached * self.cached + completion * self.output) / million
+
+    def same_amounts(self, other: Price) -> bool:
+        """Whether both cost the same, whatever their versions and times."""
+        mine, others = ((p.input, p.output, p.cached, p.currency) for p in (self, other))
+        return mine == others
 
 
 class Model(Limited, frozen=True, omit_defaults=True):
@@ -122,8 +138,18 @@ class Model(Limited, frozen=True, omit_defaults=True):
     default_max_tokens: int | None = None
     """Cap on the completion of requests that name none; None lets the context be the cap."""
     price: Price = Price(version=0, input=Decimal(0), output=Decimal(0), cached=Decimal(0))
+    """The price in force when the record was written; `price_at` tells which one counts."""
+    prices: tuple[Price, ...] = ()
+    """Other prices that requests may have: those to come, and those that were in force minutes ago, by their time."""
+    origin: str = ""
+    """`API` for a model that was made by itself; empty for one that `headrace.toml` names."""
     created: int = 0
     """Unix seconds of the record's first version."""
+
+    def price_at(self, at_ms: int) -> Price:
+        """The price of a request that was accepted at this Unix ms. No process need be alive when it changes."""
+        begun = [price for price in (*self.prices, self.price) if price.effective_from_ms <= at_ms]
+        return max(begun, key=lambda price: (price.effective_from_ms, price.version), default=self.price)
 
     def can(self, capability: str) -> bool:
         """Whether it has a capability: declared, or shown by its context."""
@@ -247,14 +273,19 @@ class ControlCommand(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     """New for each; one that comes again is not done again."""
     kind: str
-    """One of `RECORDS`: the compacted topic `control.<kind>` that will hold the result. Or `audit`, for a note."""
+    """One of `RECORDS`: the topic `control.<kind>` will hold the result. Or `prices`; or `audit`, for a note."""
     key: str
-    """Natural key of the record: the provider's or model's name, the app's or user's id, the API key's SHA-256."""
+    """Natural key of the record: the provider's or model's name, the app's or user's id, the API key's SHA-256; of a
+    price the id of its model."""
     value: msgspec.Raw | None
-    """The record as JSON; None deletes it."""
+    """The record as JSON; None deletes it. A price gets its version from the control processor."""
     actor: str = ""
+    """Who asks, as `key <id>`, `user <id>` or the name of a command."""
     reason: str = ""
+    """Why, in the asker's words."""
     at_ms: int = 0
+    if_match: str | None = None
+    """`digest` of the record that is to be changed, or `ABSENT` where there must be none yet; None for any."""
 
 
 Record = Provider | Model | App | User | Key | Replay | Erasure
@@ -269,3 +300,8 @@ RECORDS: dict[str, type[Record]] = {
     "erasures": Erasure,
 }
 """Type of the records of each kind."""
+
+
+def digest(record: Record) -> str:
+    """What tells one version of a record from another: of its JSON, which both sides write alike."""
+    return hashlib.sha256(msgspec.json.encode(record)).hexdigest()[:32]

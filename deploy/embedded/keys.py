@@ -1,4 +1,4 @@
-"""The admin key of a stack: given by the environment, or made at the first start, and kept in `DATA_DIR/admin.key`."""
+"""The secrets of a stack: given by the environment, or made at the first start, and kept in its data directory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from deploy.embedded.files import write_private
 
 ADMIN_KEY_FILE = "admin.key"
+JWT_SECRET_FILE = "jwt.secret"  # noqa: S105
 
 
 def admin_key(data_dir: Path, given: str | None) -> tuple[str, bool]:
@@ -18,3 +19,13 @@ def admin_key(data_dir: Path, given: str | None) -> tuple[str, bool]:
     if key != known:
         write_private(path, key + "\n")
     return key, not given and not known
+
+
+def jwt_secret(data_dir: Path) -> str:
+    """What a stack signs access tokens with, where the environment names nothing. The file has mode 0600."""
+    path = data_dir / JWT_SECRET_FILE
+    known = path.read_text().strip() if path.exists() else ""
+    secret = known or secrets.token_urlsafe(48)
+    if secret != known:
+        write_private(path, secret + "\n")
+    return secret

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deploy.embedded import leftovers, probes, roles, stack
 from deploy.embedded.infra import Infrastructure, StartFailed
-from deploy.embedded.keys import admin_key
+from deploy.embedded.keys import admin_key, jwt_secret
 from deploy.embedded.ports import PortBook, is_free
 from deploy.embedded.supervisor import OneShotFailed, Supervisor
 from headrace import __version__
@@ -37,6 +37,8 @@ class StackOptions:
     """Processes of each role; empty runs Kafka, Valkey and ClickHouse alone, as tests of one role want them."""
     admin_key: str | None
     drain_seconds: float
+    jwt_secret: str | None = None
+    """What access tokens are signed with; None takes the one that the data directory keeps."""
 
 
 def serve(options: StackOptions, *, ready: Callable[[str], None], report: Callable[[str], None]) -> int:
@@ -200,6 +202,7 @@ class _Stack:
 
     def _environment(self) -> dict[str, str]:
         own = {"HEADRACE_ADMIN_KEY": self._admin_key, "HEADRACE_HOST": self._options.host}
+        own["HEADRACE_JWT_SECRET"] = self._options.jwt_secret or jwt_secret(self._data)
         if self._options.config:
             own["HEADRACE_CONFIG"] = str(self._options.config.resolve())
         return {**self._endpoints.environment(), **own}

@@ -29,7 +29,9 @@ _CONTROL_SECONDS = 60.0
 
 async def prepare(conf: Settings, workers: list[str]) -> None:
     """Do all three and say so. Raises what any of them raises."""
-    config = load_config(conf.config)  # A wrong file is told at once.
+    config = load_config(
+        conf.config, ollama_models=conf.ollama_models, ollama_base_url=conf.ollama_base_url
+    )  # A wrong file is told at once.
     await asyncio.gather(_topics(conf, workers), _tables(conf))
     for line in await apply_config(conf, config, admin_key=find_admin_key(conf), timeout=_CONTROL_SECONDS):
         print(line, flush=True)

@@ -14,8 +14,8 @@ from rich.table import Table
 from headrace import audit, audit_trail
 from headrace.audit_chain import Verdict
 from headrace.audit_trail import Filter
-from headrace.commands.control import ACTOR
 from headrace.commands.failures import plain_failures, stop
+from headrace.commands.records import ACTOR
 from headrace.errors import HeadraceError
 from headrace.local import resolve
 from headrace.settings import Settings

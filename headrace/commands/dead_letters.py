@@ -14,8 +14,8 @@ import typer
 from rich.table import Table
 
 from headrace import audit, letters
-from headrace.commands.control import ACTOR
 from headrace.commands.failures import plain_failures, stop
+from headrace.commands.records import ACTOR
 from headrace.control_client import control_client
 from headrace.erasure import ErasureBook
 from headrace.errors import HeadraceError

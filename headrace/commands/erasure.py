@@ -12,8 +12,8 @@ import typer
 from rich.table import Table
 
 from headrace import erasure
-from headrace.commands.control import ACTOR
 from headrace.commands.failures import plain_failures, stop
+from headrace.commands.records import ACTOR
 from headrace.control_client import command, control_client
 from headrace.erasure import ErasureBook
 from headrace.errors import HeadraceError

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 from rich.table import Table
 
 from headrace import steer, units
+from headrace.commands import models as model_records
 from headrace.commands.failures import plain_failures, stop
 from headrace.control_client import ControlPlane, command, control_client
 from headrace.errors import HeadraceError
@@ -45,6 +46,7 @@ def register(app: typer.Typer) -> None:
     models.command("show")(show_model)
     for action in (load, unload, pin, unpin):
         models.command()(action)
+    model_records.add_to(models)
     app.add_typer(models, name="models")
     app.command()(workers)
     held = typer.Typer(help="Leases: who holds which memory.", invoke_without_command=True)

@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
         replicas: list[str] = typer.Option([], help="ROLE=N, more processes of a role; may be given several times."),
     ) -> None:
         """Run the whole stack in the foreground until Ctrl-C; prints `ready http://HOST:PORT` when it serves."""
+        from headrace.production import faults
         from headrace.settings import settings
 
         try:
@@ -32,6 +33,8 @@ def register(app: typer.Typer) -> None:
         if config is not None and not config.is_file():
             raise _refuse(f"{config} is not a file: pass the path of a headrace.toml")
         known = settings()
+        if refused := faults(known, "up"):
+            raise _refuse("\n".join(refused))
         try:
             options = launch.StackOptions(
                 data_dir=data_dir,
@@ -40,6 +43,7 @@ def register(app: typer.Typer) -> None:
                 config=config or known.config,
                 replicas=roles.parse_replicas(replicas),
                 admin_key=known.admin_key.get_secret_value() if known.admin_key else None,
+                jwt_secret=known.jwt_secret.get_secret_value() if known.jwt_secret else None,
                 drain_seconds=known.drain_timeout,
             )
             code = launch.serve(options, ready=_announce, report=_report)

@@ -58,8 +58,14 @@ def choices(asked: Asked) -> int:
     return count if 1 <= count <= MAX_CHOICES else 1
 
 
-def worst_case(asked: Asked, body_bytes: int, model: Model, default_output: int) -> Worst:
-    """The most that a request may come to on a model, at its price; `default_output` caps a choice that names no cap.
+AHEAD_MS = 60_000
+"""Longest time from the reservation of a request to its acceptance, and by how much clocks may differ."""
+
+
+def worst_case(asked: Asked, body_bytes: int, model: Model, default_output: int, *, at_ms: int = 0) -> Worst:
+    """The most that a request may come to on a model; `default_output` caps a choice that names no cap.
+
+    The price is the dearest that it may have: it is accepted at `at_ms` (Unix ms) or within `AHEAD_MS` of it.
 
     No tokenizer makes more tokens of a text than it has bytes, and a body is longer than its texts by more than a
     template adds to them. What a picture comes to is not known; nothing is longer than the model's context. A default
@@ -74,6 +80,8 @@ def worst_case(asked: Asked, body_bytes: int, model: Model, default_output: int)
         cap = default_output
     count = choices(asked)
     completion = min(cap or context, context) * count
-    dearest = max(model.price.input, model.price.cached)
-    price = Price(model.price.version, dearest, model.price.output, dearest)
+    soon = (price for price in model.prices if at_ms < price.effective_from_ms <= at_ms + AHEAD_MS)
+    possible = [model.price_at(at_ms), *soon]
+    dearest = max(max(price.input, price.cached) for price in possible)
+    price = Price(0, dearest, max(price.output for price in possible), dearest)
     return Worst(prompt + completion, pico(price.cost(prompt, 0, completion)), cap)

@@ -1,1 +1,1 @@
-"""The admin API: how models, workers and leases stand, and steering them. For keys of role `admin`."""
+"""The admin API: keys, users, apps, models and prices; how workers and leases stand, and steering them."""

@@ -6,27 +6,29 @@ from typing import Annotated
 
 import msgspec
 from aiokafka.errors import KafkaError
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 
 from headrace import audit, audit_trail
+from headrace.access import Permission
 from headrace.audit_trail import Filter
 from headrace.errors import Unavailable
-from ingress.admin.access import REFUSALS, Admin
-from ingress.admin.models import actor
+from ingress import guard
+from ingress.guard import Who
 from ingress.services import Services
 from schemas.audit import AuditEvent
 from schemas.operate import AuditEvents, AuditEventView
 
-router = APIRouter(prefix="/admin/audit", tags=["admin"], responses=REFUSALS)
+router = guard.router(prefix="/admin/audit", tags=["admin: audit"])
 
 Name = Annotated[str, Query(max_length=500)]
 Ms = Annotated[int, Query(ge=0, le=2**53)]
 
 
 @router.get("")
+@guard.needs(Permission.AUDIT_READ)
 async def list_events(
     request: Request,
-    key: Admin,
+    who: Who,
     *,
     actor_: Annotated[str, Query(alias="actor", max_length=500)] = "",
     kind: Name = "",
@@ -41,7 +43,7 @@ async def list_events(
     """The newest events that match all that is given; a page may hold fewer than `limit` though there are more."""
     services: Services = request.app.state.services
     wanted = Filter(actor_, kind, subject, action, outcome, since_ms, until_ms)
-    await audit.record(services.producer, audit.note("read", "audit", "events", actor=actor(key), **wanted.said()))
+    await audit.record(services.producer, audit.note("read", "audit", "events", actor=who.actor, **wanted.said()))
     try:
         page = await audit_trail.page(services.settings, wanted, limit=limit, before=before)
     except KafkaError as error:

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from headrace import erasure
-from headrace.control_client import ControlClient, command
+from headrace.access import Permission
+from headrace.control_client import command
 from headrace.errors import InvalidRequest
-from headrace.projection import Projection
-from ingress.admin.access import REFUSALS, Admin
-from ingress.admin.models import CONFIRM_S, actor
+from ingress import guard
+from ingress.guard import Who
 from ingress.services import Services
 from schemas.control import Erasure
 from schemas.operate import ErasureView, ErasureViews, ErasureWanted
 
-router = APIRouter(prefix="/admin/erasures", tags=["admin"], responses=REFUSALS)
+router = guard.router(prefix="/admin/erasures", tags=["admin: erasures"])
 
 
 @router.get("")
-async def list_erasures(request: Request, _: Admin) -> ErasureViews:
+@guard.needs(Permission.ERASURES_READ)
+async def list_erasures(request: Request) -> ErasureViews:
     """All erasures that were ever asked for."""
     services: Services = request.app.state.services
     return ErasureViews(data=[view(one) for one in await services.erasures.all()])
 
 
 @router.post("", status_code=202)
-async def erase(request: Request, wanted: ErasureWanted, key: Admin) -> ErasureViews:
+@guard.needs(Permission.ERASURES_WRITE)
+async def erase(request: Request, wanted: ErasureWanted, who: Who) -> ErasureViews:
     """Erase; when this answers, the content is not readable any more. Analytics follow, and Kafka's copies expire."""
     services: Services = request.app.state.services
     given = {"user": wanted.user, "app": wanted.app, "request": wanted.request}
     asked = [Erasure(erasure.subject(kind, name)) for kind, name in given.items() if name is not None]
     if len(asked) != 1:
         raise InvalidRequest("Name one of user, app and request.")
-    client = ControlClient(services.settings, Projection(services.redis), timeout=CONFIRM_S)
-    await client.submit([command(asked[0], actor=actor(key), reason=wanted.reason)])
+    await services.control.submit([command(asked[0], actor=who.actor, reason=wanted.reason)])
     mine = (asked[0].subject, asked[0].id if asked[0].kind == "user" else None)
     return ErasureViews(
         data=[view(one) for one in await services.erasures.all() if one.subject == mine[0] or one.of == mine[1]]

@@ -6,20 +6,20 @@ from typing import Annotated
 
 import msgspec
 from aiokafka.errors import KafkaError
-from fastapi import APIRouter, Path, Query, Request
+from fastapi import Path, Query, Request
 
 from headrace import audit, letters
-from headrace.control_client import ControlClient
+from headrace.access import Permission
 from headrace.errors import Conflict, NotFound, Unavailable
 from headrace.letters import CannotReplay, Letter, Wanted
-from headrace.projection import Projection
-from ingress.admin.access import CONFLICT, REFUSALS, UNKNOWN, Admin
-from ingress.admin.models import CONFIRM_S, actor
+from ingress import guard
+from ingress.admin.records import CONFLICT, UNKNOWN
+from ingress.guard import Who
 from ingress.services import Services
 from schemas.control import Replay
 from schemas.operate import LetterReplay, Letters, LetterSent, LetterView, WholeLetter
 
-router = APIRouter(prefix="/admin/dead-letters", tags=["admin"], responses=REFUSALS)
+router = guard.router(prefix="/admin/dead-letters", tags=["admin: dead letters"])
 
 KIND = "dead-letters"
 Name = Annotated[str, Query(max_length=500)]
@@ -27,9 +27,9 @@ Number = Annotated[int, Path(ge=0, le=2**53)]
 
 
 @router.get("")
+@guard.needs(Permission.LETTERS_READ)
 async def list_letters(
     request: Request,
-    _: Admin,
     *,
     topic: Name = "",
     role: Name = "",
@@ -50,14 +50,15 @@ async def list_letters(
 
 
 @router.get("/{number}", responses=UNKNOWN)
-async def get_letter(request: Request, number: Number, key: Admin, *, body: bool = False) -> WholeLetter:
+@guard.needs(Permission.LETTERS_READ)
+async def get_letter(request: Request, number: Number, who: Who, *, body: bool = False) -> WholeLetter:
     """One letter with its headers, and with its body if that is asked for."""
     services: Services = request.app.state.services
     letter = await _find(services, number)
     await _readable(services, letter)
     about = letters.whose(letter)
     said = audit.note(
-        "read", KIND, str(number), actor=actor(key), body=str(body).lower(), tenant=about.tenant,
+        "read", KIND, str(number), actor=who.actor, body=str(body).lower(), tenant=about.tenant,
         request_id=about.request_id,
     )  # fmt: skip
     await audit.record(services.producer, said)
@@ -71,18 +72,18 @@ async def get_letter(request: Request, number: Number, key: Admin, *, body: bool
 
 
 @router.post("/{number}/replay", responses=UNKNOWN | CONFLICT)
-async def replay(request: Request, number: Number, wanted: LetterReplay, key: Admin) -> LetterSent:
+@guard.needs(Permission.LETTERS_WRITE)
+async def replay(request: Request, number: Number, wanted: LetterReplay, who: Who) -> LetterSent:
     """Send a letter again, once: a request under a new id, any other message as it was; edited if there is a body."""
     services: Services = request.app.state.services
     letter = await _find(services, number)
     await _readable(services, letter)
-    client = ControlClient(services.settings, Projection(services.redis), timeout=CONFIRM_S)
     try:
         sent = await letters.replay(
-            client,
+            services.control,
             services.producer,
             letter,
-            actor=actor(key),
+            actor=who.actor,
             reason=wanted.reason,
             body=_bytes(wanted.body),
             again=wanted.again,
@@ -116,7 +117,7 @@ async def _readable(services: Services, letter: Letter) -> None:
 
 
 async def _replays(services: Services, found: list[Letter]) -> dict[str, Replay]:
-    raw = await Projection(services.redis).some("replays", [letters.key_of(letter) for letter in found])
+    raw = await services.projection.some("replays", [letters.key_of(letter) for letter in found])
     return {replay.letter: replay for replay in (msgspec.json.decode(one, type=Replay) for one in raw)}
 
 

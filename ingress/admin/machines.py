@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import time
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 
 from headrace import steer
-from ingress.admin.access import CONFLICT, REFUSALS, UNKNOWN, Admin
-from ingress.admin.models import actor, taken
+from headrace.access import Permission
+from ingress import guard
+from ingress.admin.records import CONFLICT, UNKNOWN
+from ingress.admin.steering import taken
+from ingress.guard import Who
 from ingress.services import Services
 from schemas.admin import LeaseRelease, LeaseViews, WishTaken, WorkerViews
 
-router = APIRouter(prefix="/admin", tags=["admin"], responses=REFUSALS)
+router = guard.router(prefix="/admin", tags=["admin: machines"])
 
 
 @router.get("/workers")
-async def list_workers(request: Request, _: Admin) -> WorkerViews:
+@guard.needs(Permission.FLEET_READ)
+async def list_workers(request: Request) -> WorkerViews:
     """The workers that were heard within an hour, with their memory and what is on it."""
     services: Services = request.app.state.services
     return WorkerViews(data=services.fleet.fleet.worker_views(time.time_ns() // 1_000_000))
 
 
 @router.get("/leases")
-async def list_leases(request: Request, _: Admin) -> LeaseViews:
+@guard.needs(Permission.FLEET_READ)
+async def list_leases(request: Request) -> LeaseViews:
     """The leases that have not ended."""
     services: Services = request.app.state.services
     return LeaseViews(data=services.fleet.fleet.lease_views())
 
 
 @router.post("/leases/release", status_code=202, responses=UNKNOWN | CONFLICT)
-async def release(request: Request, body: LeaseRelease, key: Admin) -> WishTaken:
+@guard.needs(Permission.FLEET_STEER)
+async def release(request: Request, body: LeaseRelease, who: Who) -> WishTaken:
     """Say that the quarantined bytes of a lease are free; who said so and why stays with the lease."""
     services: Services = request.app.state.services
     fleet = services.fleet.fleet
-    return await taken(services, steer.release(fleet, body.worker, body.model, actor=actor(key), reason=body.reason))
+    return await taken(services, steer.release(fleet, body.worker, body.model, actor=who.actor, reason=body.reason))

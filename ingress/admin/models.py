@@ -1,88 +1,118 @@
-"""`/admin/models`: how models are configured and stand; loading, unloading and pinning them."""
+"""`/admin/models`: which models there are, how they are configured, and how they stand."""
 
 from __future__ import annotations
 
 import time
 
-from fastapi import APIRouter, Request
+from fastapi import Request, Response
 
-from headrace import steer
-from headrace.control_client import ControlClient, command
-from headrace.projection import Projection
-from ingress.admin.access import CONFLICT, REFUSALS, UNKNOWN, Admin
+from headrace import records, steer
+from headrace.access import Permission
+from ingress import guard
+from ingress.admin.records import (
+    CHANGES,
+    CONFLICT,
+    UNKNOWN,
+    After,
+    Enabled,
+    Limit,
+    Search,
+    Text,
+    all_of,
+    change,
+    create,
+    has,
+    one_of,
+    page,
+    tag,
+)
 from ingress.services import Services
-from schemas.admin import ModelView, ModelViews, WishTaken
-from schemas.control import Key, Model
-from schemas.events import PoolCommand
+from schemas.admin import ModelView, ModelViews
+from schemas.admin_records import ModelCreate, ModelPatch
+from schemas.control import Model
 
-router = APIRouter(prefix="/admin/models", tags=["admin"], responses=REFUSALS)
+router = guard.router(prefix="/admin/models", tags=["admin: models"])
 
-CONFIRM_S = 5.0
-"""How long a change of a record may take to be in force."""
+
+async def view(services: Services, model: Model) -> ModelView:
+    """A model as it is configured and stands."""
+    [shown] = await _views(services, [model])
+    return shown
 
 
 async def _views(services: Services, models: list[Model]) -> list[ModelView]:
     return services.fleet.fleet.model_views(models, time.time_ns() // 1_000_000, await services.facts.known())
 
 
-@router.get("")
-async def list_models(request: Request, _: Admin) -> ModelViews:
-    """All models, enabled or not."""
+@router.post("", status_code=201, responses=CONFLICT)
+@guard.needs(Permission.MODELS_WRITE)
+async def create_model(request: Request, body: ModelCreate, response: Response) -> ModelView:
+    """Make a model that callers may name; `headrace apply` leaves it alone. The same again is the same model."""
     services: Services = request.app.state.services
-    return ModelViews(data=await _views(services, list(services.registry.snapshot.models.values())))
+    await create(request, records.new_model(body))
+    made = await one_of(services, Model, body.id)
+    tag(response, made)
+    return await view(services, made)
+
+
+@router.get("")
+@guard.needs(Permission.MODELS_READ)
+async def list_models(
+    request: Request, limit: Limit = 100, after: After = None, provider: Text = None, enabled: Enabled = None,
+    q: Search = None,
+) -> ModelViews:  # fmt: skip
+    """Models by id, enabled or not."""
+    services: Services = request.app.state.services
+    found = [
+        model
+        for model in await all_of(services, Model)
+        if (provider is None or model.provider == provider)
+        and (enabled is None or model.enabled is enabled)
+        and has(q, model.id, *model.aliases)
+    ]
+    part = page(found, lambda model: model.id, limit, after)
+    return ModelViews(data=await _views(services, part.items), has_more=part.has_more, last_id=part.last_id)
+
+
+async def _find(services: Services, name: str) -> Model:
+    """The model with this id or alias, as it is in force now. Raises `ModelNotFound`."""
+    models = {model.id: model for model in await all_of(services, Model)}
+    return steer.find(models, name)
 
 
 @router.get("/{model_id:path}", responses=UNKNOWN)
-async def get_model(request: Request, model_id: str, _: Admin) -> ModelView:
+@guard.needs(Permission.MODELS_READ)
+async def get_model(request: Request, model_id: str, response: Response) -> ModelView:
     """One model, by id or alias."""
     services: Services = request.app.state.services
-    [view] = await _views(services, [steer.find(services.registry.snapshot.models, model_id)])
-    return view
+    found = await _find(services, model_id)
+    tag(response, found)
+    return await view(services, found)
 
 
-@router.post("/{model_id:path}/load", status_code=202, responses=UNKNOWN | CONFLICT)
-async def load(request: Request, model_id: str, key: Admin) -> WishTaken:
-    """Bring a model into memory now; idle models give way. Given up after a minute."""
+@router.patch("/{model_id:path}", responses=CHANGES)
+@guard.needs(Permission.MODELS_WRITE)
+async def update_model(request: Request, model_id: str, body: ModelPatch, response: Response) -> ModelView:
+    """Change a model; in force when this answers. `headrace apply` undoes it where `headrace.toml` names the model."""
     services: Services = request.app.state.services
-    model = steer.find(services.registry.snapshot.models, model_id)
-    return await taken(services, steer.load(services.fleet.fleet, model, actor=actor(key)))
+    made = await change(
+        request, lambda: _find(services, model_id), lambda model: records.changed_model(model, body)
+    )  # fmt: skip
+    tag(response, made)
+    return await view(services, made)
 
 
-@router.post("/{model_id:path}/unload", status_code=202, responses=UNKNOWN | CONFLICT)
-async def unload(request: Request, model_id: str, key: Admin) -> WishTaken:
-    """Let a model's requests end and give its memory back; it stays out until somebody calls it."""
+@router.delete("/{model_id:path}", responses=CHANGES)
+@guard.needs(Permission.MODELS_WRITE)
+async def disable_model(request: Request, model_id: str, response: Response) -> ModelView:
+    """Disable a model: nobody is given it any more, and its names are free. Its record, usage and prices stay."""
     services: Services = request.app.state.services
-    model = steer.find(services.registry.snapshot.models, model_id)
-    return await taken(services, steer.unload(services.fleet.fleet, model, actor=actor(key)))
-
-
-@router.post("/{model_id:path}/pin", responses=UNKNOWN)
-async def pin(request: Request, model_id: str, key: Admin) -> ModelView:
-    """Load a model and keep it in memory for ever; in force when this answers."""
-    return await _set_pinned(request, model_id, key, pinned=True)
-
-
-@router.post("/{model_id:path}/unpin", responses=UNKNOWN)
-async def unpin(request: Request, model_id: str, key: Admin) -> ModelView:
-    """Let a model give way to others again; in force when this answers."""
-    return await _set_pinned(request, model_id, key, pinned=False)
-
-
-async def _set_pinned(request: Request, model_id: str, key: Key, *, pinned: bool) -> ModelView:
-    services: Services = request.app.state.services
-    model = steer.pin(steer.find(services.registry.snapshot.models, model_id), pinned=pinned)
-    client = ControlClient(services.settings, Projection(services.redis), timeout=CONFIRM_S)
-    await client.submit([command(model, actor=actor(key), reason="pinned" if pinned else "unpinned")])
-    [view] = await _views(services, [model])
-    return view
-
-
-def actor(key: Key) -> str:
-    """How a key stands in what it asked for."""
-    return f"key {key.id}"
-
-
-async def taken(services: Services, wish: PoolCommand) -> WishTaken:
-    """Send a wish, and say so when it is durable."""
-    await steer.send(services.producer, wish)
-    return WishTaken(id=wish.id, pool=wish.pool, kind=wish.kind, model=wish.model, worker=wish.worker)
+    patch = ModelPatch(enabled=False, fallbacks=[])
+    made = await change(
+        request,
+        lambda: _find(services, model_id),
+        lambda model: records.changed_model(model, patch),
+        reason="disabled",
+    )
+    tag(response, made)
+    return await view(services, made)

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import Query, Request
 from starlette.responses import Response
 
 from clickhouse.usage_query import DIMENSIONS, Bucket
+from headrace.access import Permission
 from headrace.errors import InvalidRequest
-from ingress.admin.access import REFUSALS, Admin
+from ingress import guard
 from ingress.services import Services
 from ingress.usage import Accept, From, Limit, To, asked, rendered
 
-router = APIRouter(prefix="/admin", tags=["admin"], responses=REFUSALS)
+router = guard.router(prefix="/admin", tags=["admin: usage"])
 
 _NAMES = ", ".join(DIMENSIONS)
 
 
 @router.get("/usage")
+@guard.needs(Permission.USAGE_READ)
 async def usage(
     request: Request,
-    _: Admin,
     begin: From = None,
     end: To = None,
     by: Annotated[str, Query(description=f"Comma-separated, out of {_NAMES}.")] = "tenant",

@@ -8,21 +8,23 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from headrace import metrics
-from headrace.errors import Unavailable
+from headrace.errors import HeadraceError, Unavailable
 from ingress.http_errors import error_response
 from ingress.openai.following import Following
 from ingress.openai.render import KEEP_ALIVE, ChunkRenderer, completion
 from ingress.services import Services
 from schemas.control import Key
-from schemas.events import ErrorInfo, Terminal
+from schemas.events import ErrorInfo, Status, Terminal
 from schemas.ids import PublicId
 from schemas.openai import ChatCompletionRequest
 
 DROPPED_GRACE_S = 30.0
+REVOKED = "The key, its user or its app was revoked."
 
 DIRECT_SEND = "headrace.send"
 """The server's own `send` in the scope: the body of a stream need not pass each middleware a token."""
@@ -64,7 +66,10 @@ class ChatAnswer(Response):
         """
         super().__init__()
         self._services = services
+        self._key = key
         self._tenant = key.app
+        self._revoked: ErrorInfo | None = None
+        """Why the caller may not have the rest, once that is so."""
         self._ticket = ticket
         self._streamed = bool(body.stream)
         self._alias = body.model
@@ -99,6 +104,7 @@ class ChatAnswer(Response):
             await self._services.attachments.attach(request_id, origin_listed=self._ticket.listed)
         watcher = asyncio.create_task(self._watch(receive))
         self._services.replies.opened(self._following.stream)
+        self._services.revocations.enter(self._key, self._revoke)
         try:
             if self._streamed:
                 # A task of its own: a token then wakes this one coroutine, not the dozen of the web framework above it.
@@ -107,6 +113,7 @@ class ChatAnswer(Response):
                 await self._send_whole(scope, receive, send)
         finally:
             watcher.cancel()
+            self._services.revocations.leave(self._key, self._revoke)
             self._services.replies.closed(self._following.stream)
             self.detach()
             ended = self._following.terminal is not None
@@ -124,9 +131,33 @@ class ChatAnswer(Response):
                 self._following.leave()
                 return
 
+    def _revoke(self, error: HeadraceError) -> None:
+        """The caller's key, user or app was revoked: end its answer now."""
+        self._revoked = error.info()
+        self._following.stream.wake()
+
+    @property
+    def _broken_off(self) -> bool:
+        """Whether the caller must go before the end."""
+        return self._revoked is not None or self._following.broken_off
+
+    async def _told(self, terminal: Terminal) -> Terminal:
+        """The end as the caller is told it: what was cancelled since its key was revoked says so."""
+        if terminal.status is Status.CANCELLED and self._revoked is None:
+            with contextlib.suppress(Unavailable):
+                why = await self._services.revocations.why(self._key)
+                self._revoked = why.info() if why is not None else None
+        if terminal.status is not Status.CANCELLED or self._revoked is None:
+            return terminal
+        return msgspec.structs.replace(terminal, error=self._revoked)
+
     def _leave(self) -> None:
         """The caller went, or we dropped it, before the end."""
         grace: float = self._ticket.resume_s
+        if self._revoked is not None and self._ticket.first:
+            # The scheduler ends all requests of a revoked key too; what is known here is ended sooner.
+            self._services.attachments.revoked(self._ticket.public.request_id, self._tenant, REVOKED)
+            return
         if self._following.stream.dropped:
             metrics.CALLERS_DROPPED.inc()
             grace = max(grace, DROPPED_GRACE_S)
@@ -139,13 +170,13 @@ class ChatAnswer(Response):
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         following = self._following
         while following.terminal is None and not following.gone.is_set():
-            if following.broken_off:
+            if self._broken_off:
                 await error_response(self._stopping(), self._ticket.public.request_id)(scope, receive, send)
                 return
             await following.next()
-        terminal = following.terminal
-        if terminal is None:
+        if following.terminal is None:
             return
+        terminal = await self._told(following.terminal)
         self._observe(terminal)
         if terminal.error is not None:
             await error_response(terminal.error, terminal.request_id, self._limits)(scope, receive, send)
@@ -172,13 +203,13 @@ class ChatAnswer(Response):
         tokens = 0
         first_status_at = self._began + self._services.settings.first_status_timeout
         while not following.gone.is_set():
-            if following.broken_off:
+            if self._broken_off:
                 await self._break_off(scope, receive, send, renderer, begun)
                 return
             steps = await following.next()
             terminal = following.terminal
             if not steps and terminal is None:
-                if following.gone.is_set() or following.broken_off:
+                if following.gone.is_set() or self._broken_off:
                     continue
                 if not begun and time.monotonic() < first_status_at:
                     continue
@@ -194,6 +225,7 @@ class ChatAnswer(Response):
                 tokens += step.tokens
             rendered = rendered or bool(steps)
             if terminal is not None:
+                terminal = await self._told(terminal)
                 self._observe(terminal)
                 if not begun and terminal.error is not None and not events:
                     await error_response(terminal.error, terminal.request_id, self._limits)(scope, receive, send)
@@ -233,6 +265,8 @@ class ChatAnswer(Response):
                 await send({"type": "http.response.body", "body": renderer.error(error), "more_body": False})
 
     def _stopping(self) -> ErrorInfo:
+        if self._revoked is not None:
+            return self._revoked
         why = "The caller read too slowly" if self._following.stream.dropped else "This ingress is stopping"
         path = f"/v1/chat/completions/{self._ticket.public}/stream"
         return Unavailable(f"{why}; resume with GET {path} and Last-Event-ID.", retry_after_s=1).info()

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 
 import structlog
 from aiokafka.errors import KafkaError
-from fastapi import APIRouter, Request
+from fastapi import Request
 from starlette.responses import Response
 
 from headrace import metrics
+from headrace.access import Permission
 from headrace.asked import Asked, needs
 from headrace.choice import Choice, choose
 from headrace.errors import HeadraceError, InvalidRequest, Unavailable
 from headrace.limits.limiter import UNLIMITED, Admission
-from ingress.auth import allowed_model, caller
+from ingress import guard
+from ingress.auth import allowed_model, asking_key
+from ingress.guard import principal_of
 from ingress.idempotency import ACCEPTED, Reservations
 from ingress.openai.answer import ChatAnswer, Ticket
 from ingress.openai.body import check_context, parse, read_body
@@ -34,8 +37,13 @@ from topics.envelope import Envelope
 log = structlog.get_logger(__name__)
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
 """W3C Trace Context; what does not match is to be ignored, as the standard says."""
-router = APIRouter()
+router = guard.router()
 
+BODY = {
+    "required": True,
+    "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ChatCompletionRequest.__name__}"}}},
+}
+"""The body as OpenAPI tells of it; it is read raw, since its bytes go on unchanged."""
 PRODUCE_TIMEOUT_S = 5.0
 PENDING_POLL_S = 0.05
 MAX_RESUME_S = 3600
@@ -99,11 +107,12 @@ def _seconds(request: Request, name: str) -> float | None:
     return seconds
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra={"requestBody": BODY})
+@guard.needs(Permission.GENERATE)
 async def create(request: Request) -> Response:
     """Create a chat completion, streamed or not. Shapes are OpenAI's."""
     services: Services = request.app.state.services
-    key = await caller(request, services.registry)
+    key = asking_key(request, principal_of(request))
     raw = await read_body(request)
     wanted = wishes(request, services.settings.request_deadline)
     body, asked = parse(raw)
@@ -145,7 +154,8 @@ def _admit(
         model = allowed_model(key, snapshot, body.model)
         check_context(body, model)
         named = model.id
-    return choose(snapshot, key, body.model, needs(asked), services.pools.standing(wanted.patience_s)), named
+    standing_of, now_ms = services.pools.standing(wanted.patience_s), time.time_ns() // 1_000_000
+    return choose(snapshot, key, body.model, needs(asked), standing_of, at_ms=now_ms), named
 
 
 async def _reserve(

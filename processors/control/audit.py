@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from processors.control.decide import Accepted, ControlState, Decision, Refused
+from processors.control.decide import Accepted, Decision, Refused
+from processors.control.state import ControlState
 from schemas.audit import AUDIT, AuditEvent, AuditNote, Change
 from schemas.control import RECORDS, ControlCommand, Key, Record
 

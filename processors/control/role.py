@@ -23,7 +23,8 @@ from headrace.rebuild import rebuild
 from headrace.redis_client import connect
 from headrace.settings import Settings
 from processors.control.audit import described, held, unreadable
-from processors.control.decide import ControlState, Refused, Write, decide, decode_command
+from processors.control.decide import Refused, decide, decode_command
+from processors.control.state import ControlState, Write
 from processors.control.trail import REMEMBERED, Trail
 from processors.control.writer import TOPICS, Writer
 from schemas.audit import AUDIT

@@ -10,7 +10,7 @@ import msgspec
 
 from headrace.audit_chain import Place, seal
 from headrace.projection import CommandOutcome
-from processors.control.decide import Write
+from processors.control.state import Write
 from schemas.audit import AuditEvent, AuditHead
 
 REMEMBERED = 10_000

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from aiokafka import AIOKafkaProducer
 
-from processors.control.decide import Write
+from processors.control.state import Write
 from topics.catalogue import AUDIT_EVENTS, AUDIT_HEADS, CONTROL_PRICES, CONTROL_RECORDS, Topic
 from topics.clients import close
 from topics.cluster import Cluster, start_client

@@ -48,7 +48,7 @@ class RouterAdmission:
         scopes = scopes_of(mine, snapshot.apps.get(tenant), model)
         if not scopes:
             return Admitted(model, None)
-        worst = worst_case(request.asked, len(request.value), model, self._default_output)
+        worst = worst_case(request.asked, len(request.value), model, self._default_output, at_ms=request.accepted_ms)
         month = month_of(request.accepted_ms)
         while True:
             try:

@@ -10,6 +10,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from headrace.access import USER_PREFIX, as_key
 from headrace.choice import Choice
 from headrace.errors import DeadlineExceeded, HeadraceError, Unavailable
 from headrace.limits.limiter import Limiter
@@ -28,6 +29,7 @@ from topics.agents import AgentRole, Message
 from topics.catalogue import DAY_MS, REPLIES, REQUESTS, ROUTED
 from topics.clients import Producer
 from topics.dead_letters import bury
+from topics.envelope import Envelope
 from topics.outcomes import Outcomes, now_ms
 
 log = structlog.get_logger(__name__)
@@ -86,7 +88,7 @@ class Router:
                 terminal = unreadable_terminal(bad.envelope, message.timestamp, now_ms(), bad.reason)
                 waits.append(self._outcomes.end(terminal))
             return waits
-        key = await self._key(request.envelope.key_id)
+        key = await self._key(request.envelope)
         if request.may_lead_elsewhere(snapshot):
             await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
         at = now_ms()
@@ -104,10 +106,15 @@ class Router:
             return [self._outcomes.end(refused(request, now_ms(), error))]
         return await self._forward(request, chosen, admitted.model, at, admitted.cap)
 
-    async def _key(self, key_id: str) -> Key | None:
+    async def _key(self, envelope: Envelope) -> Key | None:
+        """Under which key a request was sent; None where that is not known."""
+        key_id = envelope.key_id
         while True:
             try:
-                return await self._registry.key_by_id(key_id)
+                if not key_id.startswith(USER_PREFIX):
+                    return await self._registry.key_by_id(key_id)
+                user = await self._registry.user(key_id.removeprefix(USER_PREFIX))
+                return as_key(user, envelope.tenant) if user is not None else None
             except Unavailable as error:
                 log.warning("key_unavailable", error=error.message)
                 await asyncio.sleep(RETRY_S)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from headrace.access import key_refusal
 from headrace.asked import Asked, needs, read
 from headrace.choice import Choice, Standing, choose, may_lead_elsewhere
 from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest
@@ -79,14 +80,24 @@ def decode(
 def route(
     request: Request, *, now_ms: int, snapshot: Snapshot, key: Key | None, standing_of: Callable[[Model], Standing]
 ) -> Choice | Terminal:
-    """Choose a request's model, or refuse it; `key` is asked for only where `may_lead_elsewhere`."""
+    """Choose a request's model, or refuse it; `key` is the one it was sent under, None where that is not known."""
     if now_ms > request.late_ms:
         gone = DeadlineExceeded("The request waited for longer than it may before it could be routed; send it again.")
         return refused(request, now_ms, gone, status=Status.EXPIRED)
+    if (revoked := _revoked(key, request, snapshot)) is not None:
+        return refused(request, now_ms, revoked)
     try:
-        return choose(snapshot, _in_force(key, request), request.asked.model, needs(request.asked), standing_of)
+        asked, at_ms = request.asked, request.accepted_ms
+        return choose(snapshot, _in_force(key, request), asked.model, needs(asked), standing_of, at_ms=at_ms)
     except HeadraceError as error:
         return refused(request, now_ms, error)
+
+
+def _revoked(key: Key | None, request: Request, snapshot: Snapshot) -> HeadraceError | None:
+    """Why a request is refused that was accepted under a key which has been revoked since, or whose app has."""
+    if key is None or key.app != request.envelope.tenant:
+        return None
+    return key_refusal(key, snapshot.apps, now_s=0)
 
 
 def _in_force(key: Key | None, request: Request) -> Key | None:
@@ -95,7 +106,7 @@ def _in_force(key: Key | None, request: Request) -> Key | None:
 
 
 def routed(request: Request, model: Model, now_ms: int, cap: int | None = None) -> Routed:
-    """The request as the scheduler gets it, for a model and at its price.
+    """The request as the scheduler gets it, for a model and at the price in force when it was accepted.
 
     `cap` is what was reserved for each choice, where that counts and the caller names no cap.
     """
@@ -120,7 +131,7 @@ def routed(request: Request, model: Model, now_ms: int, cap: int | None = None) 
         deadline_ms=request.deadline_ms,
         resume_s=envelope.resume_s,
         digest=envelope.digest,
-        price=model.price,
+        price=model.price_at(request.accepted_ms),
         traceparent=envelope.traceparent,
         choices=choices(asked),
         continuable=continuable(asked),

@@ -18,6 +18,7 @@ from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.scheduler import messages, policy, wishes
+from processors.scheduler.revoked import REVOKED, is_revoked, name_of
 from processors.scheduler.runner import Held, PoolRunner
 from processors.scheduler.state import Running, Taking
 from processors.scheduler.tails import Ended, Tails
@@ -51,6 +52,8 @@ TICK_S = 0.25
 NOT_YET_MS = 2**62
 """A pool is still being taken: no time runs against the workers of what it restores."""
 STATUS_EVERY_S = 1.0
+REVOKED_EVERY_S = 0.5
+"""How often the keys of all that is held are asked for, when no change is announced."""
 
 _routed = msgspec.json.Decoder(Routed)
 
@@ -81,6 +84,8 @@ class Scheduler:
         """Newest term of each pool, as far as it was read."""
         self.tenure = Tenure(partial(newest_terms, settings.kafka), self._own_terms, now_ms)
         self._seen_version = -1
+        self._revoked: set[str] = set()
+        """Requests that were cancelled because who asked for them was revoked."""
         self.tails = Tails(
             settings.kafka,
             on_terminal=self._on_terminal,
@@ -326,6 +331,28 @@ class Scheduler:
             await self._follow_models(runner)
         await self._take_known()
 
+    async def end_revoked(self) -> None:
+        """Watch for ever who asked for what is held, and end what nobody may have any more."""
+        version = 0
+        while True:
+            version = await self._registry.moved(version, REVOKED_EVERY_S)
+            await self._end_revoked()
+
+    async def _end_revoked(self) -> None:
+        """Cancel what is left of keys, users and apps that were revoked, whether its callers wait for it or not."""
+        held = {id_: one.routed for runner in self._pools.values() for id_, one in runner.held.items()}
+        self._revoked &= held.keys()
+        names = sorted({name_of(routed) for routed in held.values()})
+        try:
+            found = dict(zip(names, await self._registry.callers(names), strict=True))
+            apps = self._registry.snapshot.apps
+        except Unavailable:
+            return  # What runs goes on while nobody can tell.
+        gone = [r for r in held.values() if r.request_id not in self._revoked and is_revoked(r, found, apps)]
+        self._revoked |= {routed.request_id for routed in gone}
+        wishes = [Cancellation(r.request_id, r.tenant, REVOKED, now_ms(), by=self._settings.instance) for r in gone]
+        await asyncio.gather(*(self._on_cancellation(wish) for wish in wishes))
+
     def _forget(self) -> None:
         now = now_ms()
         for request_id, at in list(self._finished.items()):
@@ -344,7 +371,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
         scheduler = Scheduler(settings, producer, registry)
-        beside = [asyncio.create_task(scheduler.listen()), asyncio.create_task(scheduler.tick())]
+        work = scheduler.listen(), scheduler.tick(), scheduler.end_revoked()
+        beside = [asyncio.create_task(one) for one in work]
         for task in beside:
             task.add_done_callback(lambda done: None if done.cancelled() else scheduler.agent.fail(_error(done)))
         try:

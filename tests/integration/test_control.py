@@ -20,7 +20,7 @@ from headrace.control_log import end_offsets, replay_control
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.control import writer as writer_module
-from processors.control.decide import ControlState, Write
+from processors.control.state import ControlState, Write
 from processors.control.writer import TOPICS, Writer
 from schemas.control import Model
 from tests.support.control import ADMIN, Role, app, letters, until
@@ -38,7 +38,7 @@ async def test_what_is_applied_is_in_force_and_a_second_apply_writes_nothing(
     assert (model.id, model.price.version > 0, model.created > 0) == ("smollm2", True, True)
     key = await registry.key(sha256(ADMIN))
     assert key is not None
-    assert (key.role, key.app, key.enabled) == ("admin", "default", True)
+    assert (key.role, key.app, key.enabled) == ("owner", "default", True)
     topics = {**TOPICS, "commands": CONTROL_COMMANDS}
     before = await end_offsets(infra, topics)
     assert await apply_config(infra, default_config(), admin_key=ADMIN) == []

@@ -16,7 +16,7 @@ from headrace.control_log import replay_control
 from headrace.rebuild import FETCH_BYTES, rebuild
 from headrace.registry import Registry
 from headrace.settings import Settings
-from processors.control.decide import ControlState
+from processors.control.state import ControlState
 from processors.control.writer import TOPICS
 from tests.support.control import ADMIN, Role, app, until
 from topics.catalogue import REQUESTS

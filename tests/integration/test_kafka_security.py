@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from processors.control.decide import Write
+from processors.control.state import Write
 from processors.control.writer import TOPICS, Writer
 from tests.support.secure_kafka import PASSWORD, SecureKafka, secure_kafka
 from tests.support.stacks import HEADRACE

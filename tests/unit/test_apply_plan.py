@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import msgspec
 
 from headrace.api_keys import admin_record, sha256
 from headrace.apply import plan
 from headrace.config import DEFAULT_APP, Config, default_config, parse_config
 from headrace.control_client import ControlPlane
-from processors.control.decide import Accepted, ControlState, decide
-from schemas.control import ControlCommand
+from processors.control.decide import Accepted, decide
+from processors.control.state import ControlState
+from schemas.control import API, ControlCommand, Model, Price, Record
 
 ADMIN = "hr-admin"
 
@@ -49,7 +52,7 @@ def test_the_first_apply_makes_all_and_the_second_does_nothing() -> None:
     ]
     filed = state.keys[sha256(ADMIN)]
     assert filed == msgspec.structs.replace(admin_record(ADMIN, DEFAULT_APP), created=filed.created)
-    assert state.keys[sha256(ADMIN)].role == "admin"
+    assert state.keys[sha256(ADMIN)].role == "owner"
     assert apply(state, default_config()) == []
 
 
@@ -100,3 +103,38 @@ def test_an_alias_may_become_a_model_of_its_own() -> None:
     apply(state, models("a: x"))
     apply(state, models("a", "x"))
     assert set(state.models) == {"a", "x"}
+
+
+def put(state: ControlState, kind: str, key: str, record: Record | Price) -> None:
+    decision = decide(state, ControlCommand("c", kind, key, msgspec.Raw(msgspec.json.encode(record))), now_ms=1_000_000)
+    assert isinstance(decision, Accepted), decision
+    for write in decision.writes:
+        state.put(write)
+
+
+def test_a_model_that_the_file_does_not_know_is_left_alone_and_so_is_its_provider() -> None:
+    state = ControlState()
+    apply(state, default_config())
+    put(state, "models", "mine", Model(id="mine", provider="local", backend_tag="t", origin=API))
+    assert {command.key for command in apply(state, models("m"))} == {"p", "smollm2", "m"}
+    assert state.models["mine"].enabled
+    assert set(state.providers) == {"local", "p"}
+    assert apply(state, models("m")) == []
+
+
+def test_a_model_that_the_file_comes_to_name_is_the_files_from_then_on() -> None:
+    state = ControlState()
+    apply(state, default_config())
+    put(state, "models", "mine", Model(id="mine", provider="local", backend_tag="t", origin=API))
+    apply(state, models("mine"))
+    assert (state.models["mine"].origin, state.models["mine"].provider) == ("", "p")
+    apply(state, models("m"))
+    assert not state.models["mine"].enabled
+
+
+def test_a_price_that_was_set_by_itself_outlives_the_files() -> None:
+    state = ControlState()
+    apply(state, default_config())
+    put(state, "prices", "smollm2", Price(0, Decimal(7), Decimal(8), Decimal(7)))
+    assert apply(state, default_config()) == []
+    assert state.models["smollm2"].price.input == 7

@@ -15,7 +15,8 @@ from headrace import audit
 from headrace.audit_chain import Check, Place, Verdict, digest
 from headrace.audit_trail import Filter, noted
 from processors.control.audit import MAX_VALUE_CHARS, changes, described
-from processors.control.decide import Accepted, ControlState, Refused, Write, decide, decode_command
+from processors.control.decide import Accepted, Refused, decide, decode_command
+from processors.control.state import ControlState, Write
 from processors.control.trail import REMEMBERED, Trail
 from schemas.audit import GENESIS, AuditEvent, AuditHead, Change
 from schemas.control import App, ControlCommand, Key, Model, Price, Provider, User

@@ -8,7 +8,8 @@ from decimal import Decimal
 import msgspec
 import pytest
 
-from processors.control.decide import Accepted, ControlState, Refused, Write, decide, decode_command
+from processors.control.decide import Accepted, Refused, decide, decode_command
+from processors.control.state import ControlState, Write
 from schemas.control import App, ControlCommand, Key, Model, Price, Provider, User
 
 NOW_MS = 1_700_000_000_000

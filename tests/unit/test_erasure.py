@@ -14,7 +14,8 @@ from clickhouse.tables import EVENTS, REQUESTS
 from headrace import erasure, letters
 from headrace.errors import InvalidRequest
 from headrace.letters import CannotReplay, Letter, Wanted
-from processors.control.decide import Accepted, ControlState, Refused, decide
+from processors.control.decide import Accepted, Refused, decide
+from processors.control.state import ControlState
 from schemas.control import App, ControlCommand, Erasure, Key, Record, Replay, User
 from schemas.events import DeadLetter, ErrorInfo, LifecycleEvent, Stage, Status, Terminal, Timings
 from schemas.ids import PublicId

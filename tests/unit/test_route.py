@@ -12,7 +12,7 @@ from headrace.choice import Choice, Standing
 from headrace.errors import Unavailable
 from headrace.registry import Snapshot, snapshot_of
 from processors.router.route import MAX_AGE_MS, Request, Unreadable, decode, route, routed
-from schemas.control import Key, Model, Price
+from schemas.control import App, Key, Model, Price
 from schemas.events import INLINE_BODY_BYTES, BodyRef, Status, Terminal
 from topics.catalogue import REPLIES
 from topics.envelope import Envelope
@@ -27,7 +27,7 @@ NOW = 1_000_000
 
 
 def snapshot() -> Snapshot:
-    return snapshot_of([msgspec.json.encode(model) for model in MODELS], [], [], 1)
+    return snapshot_of([msgspec.json.encode(model) for model in MODELS], [], [msgspec.json.encode(App("t", "T"))], 1)
 
 
 def request(
@@ -74,11 +74,7 @@ def test_a_large_body_is_left_where_it_is() -> None:
     assert not routed(large, MODELS[0], NOW).body
 
 
-@pytest.mark.parametrize(
-    "key",
-    [None, msgspec.structs.replace(KEY, enabled=False), msgspec.structs.replace(KEY, app="other")],
-    ids=["unknown", "revoked", "of another tenant"],
-)
+@pytest.mark.parametrize("key", [None, msgspec.structs.replace(KEY, app="other")], ids=["unknown", "of another tenant"])
 def test_a_key_that_does_not_count_has_no_choice_and_no_fallback(key: Key | None) -> None:
     refused = decided(request("auto"), key=key)
     assert isinstance(refused, Terminal) and refused.error is not None
@@ -86,6 +82,21 @@ def test_a_key_that_does_not_count_has_no_choice_and_no_fallback(key: Key | None
     named = decided(request("a"), key=key, down=("a",))
     assert isinstance(named, Choice) and named.model.id == "a", "what it named is still its own"
     assert isinstance(decided(request("auto")), Choice)
+
+
+def test_what_was_accepted_under_a_key_that_was_revoked_since_is_refused() -> None:
+    refused = decided(request("a"), key=msgspec.structs.replace(KEY, enabled=False))
+    assert isinstance(refused, Terminal) and refused.error is not None
+    assert (refused.status, refused.error.code) == (Status.REJECTED, "invalid_api_key")
+    gone = decided(request("a"), key=msgspec.structs.replace(KEY, expires_at=1.0))
+    assert isinstance(gone, Choice), "it was accepted before the key expired"
+
+
+def test_the_price_is_that_of_the_moment_of_acceptance() -> None:
+    later = msgspec.structs.replace(DEAR, version=4, effective_from_ms=NOW)
+    model = msgspec.structs.replace(MODELS[1], prices=(later,))
+    stamped = [routed(request("b", accepted_ms=at), model, NOW + 9).price for at in (NOW - 1, NOW)]
+    assert [price.version for price in stamped if price is not None] == [3, 4]
 
 
 def test_what_is_too_old_expires_before_anything_is_chosen() -> None:

@@ -1,0 +1,147 @@
+"""`headrace apps`: the tenants, to which keys, limits and bills belong."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from headrace import records
+from headrace.commands.failures import stop
+from headrace.commands.records import (
+    AsJson,
+    Budget,
+    Concurrency,
+    DataDir,
+    Reason,
+    Rpm,
+    Tpm,
+    body,
+    change,
+    create,
+    limit,
+    limits,
+    print_json,
+    print_one,
+    read,
+    table_of,
+    with_client,
+    yes,
+)
+from headrace.control_client import ControlClient
+from schemas.admin_records import AppCreate, AppPatch
+from schemas.control import MAX_WEIGHT, MIN_WEIGHT, App
+
+_WEIGHT = "Its share of a model that several apps wait for."
+Which = Annotated[str, typer.Argument(metavar="ID", help="The app.")]
+Weight = Annotated[float | None, typer.Option("--weight", help=_WEIGHT, min=MIN_WEIGHT, max=MAX_WEIGHT)]
+
+
+def group() -> typer.Typer:
+    """The commands."""
+    made = typer.Typer(help="Apps: the tenants that keys belong to.", no_args_is_help=True)
+    for name, work in (("create", new), ("list", list_all), ("show", show), ("update", update), ("disable", disable)):
+        made.command(name)(work)
+    return made
+
+
+def new(
+    app_id: Annotated[str, typer.Argument(metavar="ID", help="Short name that keys, limits and bills refer to.")],
+    name: Annotated[str | None, typer.Option("--name", help="Name for people; default: the id.")] = None,
+    weight: Weight = None,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    concurrency: Concurrency = None,
+    monthly_budget: Budget = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Create an app."""
+    caps = limits(rpm, tpm, concurrency, monthly_budget)
+    app = records.new_app(body(AppCreate, {"id": app_id, "name": name or app_id, "weight": weight, **caps}))
+
+    async def work(client: ControlClient) -> App | None:
+        if app_id in (await client.read()).apps:
+            return None
+        await create(client, app)
+        return (await client.read()).apps[app_id]
+
+    made = with_client(data_dir, work)
+    if made is None:
+        raise stop(f"there is an app {app_id!r} already")
+    if as_json:
+        return print_json(records.app_view(made))
+    typer.echo(f"created app {app_id}")
+    return None
+
+
+def list_all(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """List apps, with the number of their enabled keys."""
+    plane = read(data_dir)
+    if as_json:
+        return print_json([records.app_view(app) for app in plane.apps.values()])
+    table = table_of("app", "name", "weight", "keys", "rpm", "tpm", "at once", "budget", "enabled")
+    for found in plane.apps.values():
+        count = sum(key.app == found.id and key.enabled for key in plane.keys.values())
+        caps = map(limit, (found.rate_limit_rpm, found.rate_limit_tpm, found.concurrency_limit, found.monthly_budget))
+        table.add_row(found.id, found.name, f"{found.weight:g}", str(count), *caps, yes(found.enabled))
+    Console().print(table)
+    return None
+
+
+def show(app_id: Which, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Show one app."""
+    found = read(data_dir).apps.get(app_id)
+    if found is None:
+        raise stop(_missing(app_id))
+    print_one(records.app_view(found), as_json)
+
+
+def update(
+    app_id: Which,
+    name: Annotated[str | None, typer.Option("--name", help="Name for people.")] = None,
+    weight: Weight = None,
+    enabled: Annotated[bool | None, typer.Option("--enabled/--disabled", help="Whether its keys are good.")] = None,
+    rpm: Rpm = None,
+    tpm: Tpm = None,
+    concurrency: Concurrency = None,
+    monthly_budget: Budget = None,
+    reason: Reason = "",
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Change an app, in force at once."""
+    caps = limits(rpm, tpm, concurrency, monthly_budget)
+    patch = body(AppPatch, {"name": name, "weight": weight, "enabled": enabled, **caps})
+    if not patch.model_fields_set:
+        raise stop("say what to change, as --name or --weight; see --help")
+    after = _change(data_dir, app_id, patch, reason)
+    if as_json:
+        return print_json(records.app_view(after))
+    typer.echo(f"updated app {app_id}")
+    return None
+
+
+def disable(app_id: Which, reason: Reason = "disabled", as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """Disable an app: its keys are refused at once, its answers end. Its id stays its own."""
+    after = _change(data_dir, app_id, AppPatch(enabled=False), reason)
+    if as_json:
+        return print_json(records.app_view(after))
+    typer.echo(f"disabled app {app_id}")
+    return None
+
+
+def _change(data_dir: DataDir, app_id: str, patch: AppPatch, reason: str) -> App:
+    _, after = change(
+        data_dir,
+        lambda plane: plane.apps.get(app_id),
+        lambda before, _: records.changed_app(before, patch),
+        missing=_missing(app_id),
+        reason=reason,
+    )
+    return after
+
+
+def _missing(app_id: str) -> str:
+    return f"there is no app {app_id!r}; `headrace apps list` shows them"

@@ -1,0 +1,127 @@
+"""`/admin/users`: who may sign in."""
+
+from __future__ import annotations
+
+import asyncio
+
+import uuid_utils
+from fastapi import Request, Response
+
+from headrace import passwords, records
+from headrace.access import Permission, Principal, check_grant
+from headrace.errors import InvalidRequest
+from ingress import guard
+from ingress.admin.records import (
+    CHANGES,
+    CONFLICT,
+    UNKNOWN,
+    After,
+    Enabled,
+    Limit,
+    Search,
+    Text,
+    all_of,
+    change,
+    create,
+    has,
+    one_of,
+    page,
+    tag,
+)
+from ingress.guard import Who
+from ingress.services import Services
+from ingress.signin.routes import AT_ONCE
+from schemas.admin_records import UserCreate, UserPatch, UserView, UserViews
+from schemas.control import User
+
+router = guard.router(prefix="/admin/users", tags=["admin: users"])
+
+
+def _allow(who: Principal, before: User, after: User) -> None:
+    check_grant(who, before.role, after.role)
+
+
+@router.post("", status_code=201, responses=CONFLICT)
+@guard.needs(Permission.USERS_WRITE)
+async def create_user(request: Request, body: UserCreate, who: Who, response: Response) -> UserView:
+    """Make a user, who can sign in when this answers. Only an owner makes owners and admins."""
+    services: Services = request.app.state.services
+    check_grant(who, body.role)
+    user_id = f"user-{uuid_utils.uuid7().hex[-16:]}"
+    async with AT_ONCE:
+        try:
+            user = await asyncio.to_thread(records.new_user, body, user_id)
+        except passwords.WeakPassword as weak:
+            raise InvalidRequest(f"password: {weak}.", param="password") from None
+    await create(request, user)
+    made = await one_of(services, User, user.id)
+    tag(response, made)
+    return records.user_view(made)
+
+
+@router.get("")
+@guard.needs(Permission.USERS_READ)
+async def list_users(
+    request: Request, limit: Limit = 100, after: After = None, app: Text = None, role: Text = None,
+    enabled: Enabled = None, q: Search = None,
+) -> UserViews:  # fmt: skip
+    """Users, by id."""
+    services: Services = request.app.state.services
+    found = [
+        user
+        for user in await all_of(services, User)
+        if (app is None or app in user.apps)
+        and (role is None or user.role == role)
+        and (enabled is None or user.enabled is enabled)
+        and has(q, user.id, user.email, user.name)
+    ]
+    part = page(found, lambda user: user.id, limit, after)
+    return UserViews(data=[records.user_view(one) for one in part.items], has_more=part.has_more, last_id=part.last_id)
+
+
+@router.get("/{user_id}", responses=UNKNOWN)
+@guard.needs(Permission.USERS_READ)
+async def get_user(request: Request, user_id: str, response: Response) -> UserView:
+    """One user."""
+    found = await one_of(request.app.state.services, User, user_id)
+    tag(response, found)
+    return records.user_view(found)
+
+
+@router.patch("/{user_id}", responses=CHANGES)
+@guard.needs(Permission.USERS_WRITE)
+async def update_user(request: Request, user_id: str, body: UserPatch, response: Response) -> UserView:
+    """Change a user. With another role or password all its sessions are refused when this answers."""
+    services: Services = request.app.state.services
+    filed = None
+    if body.password is not None:
+        async with AT_ONCE:
+            try:
+                filed = await asyncio.to_thread(passwords.hashed, body.password)
+            except passwords.WeakPassword as weak:
+                raise InvalidRequest(f"password: {weak}.", param="password") from None
+    made = await change(
+        request,
+        lambda: one_of(services, User, user_id),
+        lambda user: records.changed_user(user, body, filed),
+        allow=_allow,
+    )
+    tag(response, made)
+    return records.user_view(made)
+
+
+@router.delete("/{user_id}", responses=CHANGES)
+@guard.needs(Permission.USERS_WRITE)
+async def disable_user(request: Request, user_id: str, response: Response) -> UserView:
+    """Disable a user: its sessions are refused at once, its answers end. Its record stays, and so do its keys."""
+    services: Services = request.app.state.services
+    patch = UserPatch(enabled=False)
+    made = await change(
+        request,
+        lambda: one_of(services, User, user_id),
+        lambda user: records.changed_user(user, patch, None),
+        allow=_allow,
+        reason="disabled",
+    )
+    tag(response, made)
+    return records.user_view(made)

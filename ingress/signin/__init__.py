@@ -1,0 +1,1 @@
+"""Signing in: access tokens, sessions, lockout, and the routes under `/auth`."""
