@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 
+from headrace.access import USER_PREFIX
 from headrace.projection import EXISTS, PRECONDITION
 from processors.control.checks import Refusal, check, check_app, check_key, check_model, check_provider, check_user
 from processors.control.pricing import priced, scheduled
@@ -236,4 +237,6 @@ def _erase(state: ControlState, key: str, record: Erasure, now_ms: int) -> Decis
     if record.kind == USER:
         owned = (one for one in state.keys.values() if one.owner_id == record.id)
         asked += [Erasure(f"{KEY}/{one.id}", now_ms, of=record.id) for one in owned]
+        # What it asked while signed in stands under an id of its own.
+        asked.append(Erasure(f"{KEY}/{USER_PREFIX}{record.id}", now_ms, of=record.id))
     return Accepted(tuple(Write("erasures", made.subject, msgspec.json.encode(made)) for made in asked))

@@ -101,14 +101,15 @@ def test_whose_a_letter_is_and_which_are_wanted() -> None:
 # --- erasures -------------------------------------------------------------------------------------------------------
 
 
-def test_a_users_erasure_is_one_of_each_of_the_users_keys() -> None:
+def test_a_users_erasure_is_one_of_each_of_the_users_keys_and_of_what_it_asked_itself() -> None:
     state = ControlState()
     state.apps["a"] = App("a", "A")
     state.users["u1"] = User(id="u1", email="u@example.org")
     state.keys[SHA] = Key(id="key-1", sha256=SHA, name="n", app="a", owner_id="u1", enabled=False)
     state.keys["cd" * 32] = Key(id="key-2", sha256="cd" * 32, name="n", app="a")
     written = put(state, "erasures", "user/u1", Erasure("user/u1", asked_ms=1))
-    assert written == [Erasure("user/u1", NOW_MS), Erasure("key/key-1", NOW_MS, of="u1")]
+    own = Erasure("key/user:u1", NOW_MS, of="u1")
+    assert written == [Erasure("user/u1", NOW_MS), Erasure("key/key-1", NOW_MS, of="u1"), own]
 
 
 def test_an_erasure_is_kept_moves_on_and_is_never_taken_back() -> None:
