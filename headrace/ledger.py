@@ -13,9 +13,10 @@ from decimal import Decimal
 import msgspec
 
 from schemas.events import LogRecord, Terminal, UsageEvent
-from topics.envelope import EnvelopeError, Headers, parse
+from topics.envelope import CANCEL_TYPE, EnvelopeError, Headers, envelope_of
 from topics.request_log import LogView
 
+_CANCELS = ("ce_type", CANCEL_TYPE.encode())
 GRACE_MS = 60_000
 """What may pass between a deadline, or the arrival of an unreadable record, and its end."""
 EXAMPLES = 5
@@ -99,9 +100,12 @@ class Tally:
         self._records = 0
         self._due_ms: dict[Identity, int] = {}
         """When each accepted request should have ended."""
+        self._places: dict[Identity, list[tuple[int, int]]] = {}
+        """(partition, offset) of the records that name each of them."""
         self._nameless: dict[tuple[int, int], int] = {}
         """(partition, offset) of records without a valid envelope -> when they should be in dead.letters."""
         self._buried: set[tuple[int, int]] = set()
+        self._not_accepted: set[tuple[int, int]] = set()
         self._views: dict[str, LogView] = defaultdict(LogView)
         self._terminal: dict[Identity, str] = {}
         self._void = 0
@@ -110,13 +114,16 @@ class Tally:
 
     def request(self, partition: int, offset: int, at_ms: int, headers: Headers) -> None:
         """A record of `inference.requests`; `at_ms` is its append time."""
+        if any(pair == _CANCELS for pair in headers):
+            return  # A publisher's wish about a request, which is none itself.
         self._records += 1
         try:
-            envelope = parse(headers)
+            envelope = envelope_of(headers)
         except EnvelopeError:
             self._nameless[partition, offset] = at_ms + GRACE_MS
             return
         identity = (envelope.tenant, envelope.request_id)
+        self._places.setdefault(identity, []).append((partition, offset))
         self._due_ms.setdefault(identity, at_ms + int(envelope.deadline_s * 1000) + GRACE_MS)
 
     def log(self, record: LogRecord) -> None:
@@ -128,9 +135,11 @@ class Tally:
         elif decided is None and identity in self._due_ms and isinstance(record, Terminal):
             self._void += 1
 
-    def dead_letter(self, source_partition: int, source_offset: int) -> None:
-        """A dead letter whose source is `inference.requests`."""
+    def dead_letter(self, source_partition: int, source_offset: int, *, accepted: bool = True) -> None:
+        """A dead letter whose source is `inference.requests`; not `accepted`, it is due no terminal."""
         self._buried.add((source_partition, source_offset))
+        if not accepted:
+            self._not_accepted.add((source_partition, source_offset))
 
     def usage(self, event: UsageEvent) -> None:
         """A record of `usage.events`."""
@@ -144,8 +153,16 @@ class Tally:
         """Ids of requests that have a terminal and no usage so far."""
         return sorted(request_id for tenant, request_id in self._terminal.keys() - self._usage.keys())
 
+    def _leave_out_what_was_not_accepted(self) -> None:
+        """What bears a name that nobody proved is no request of that name, but an unreadable record."""
+        for identity in self._due_ms.keys() - self._terminal.keys():
+            if all(place in self._not_accepted for place in self._places[identity]):
+                self._nameless |= dict.fromkeys(self._places[identity], 0)
+                del self._due_ms[identity]
+
     def close(self, now_ms: int, *, metering_lag: int = 0) -> Ledger:
         """The balance as of now."""
+        self._leave_out_what_was_not_accepted()
         waiting = {identity: due for identity, due in self._due_ms.items() if identity not in self._terminal}
         unburied = {where: due for where, due in self._nameless.items() if where not in self._buried}
         overdue = [identity[1] for identity, due in waiting.items() if due < now_ms]

@@ -17,7 +17,7 @@ from topics import request_log
 from topics.catalogue import DEAD_LETTERS, LOG, REQUESTS, USAGE, Topic
 from topics.clients import LogReader, admin_client
 from topics.cluster import Cluster
-from topics.dead_letters import describe
+from topics.dead_letters import NOT_ACCEPTED, describe
 from topics.record import Record
 
 log = structlog.get_logger(__name__)
@@ -87,7 +87,8 @@ async def _dead_letters(reader: LogReader, tally: Tally, since_ms: int) -> None:
             log.warning("ledger_unreadable", topic=DEAD_LETTERS.name, offset=record.offset, error=str(error))
             continue
         if letter.source_topic == REQUESTS.name:
-            tally.dead_letter(letter.partition, letter.offset)
+            accepted = not letter.reason.startswith(NOT_ACCEPTED)
+            tally.dead_letter(letter.partition, letter.offset, accepted=accepted)
 
 
 async def _usage_events(

@@ -14,6 +14,7 @@ import msgspec
 from aiokafka import TopicPartition
 
 from headrace.control_client import ControlClient, command
+from headrace.senders import sender
 from headrace.settings import Settings
 from schemas import control
 from schemas.events import DeadLetter
@@ -21,14 +22,15 @@ from schemas.ids import new_request_id
 from topics.catalogue import DEAD_LETTERS, MAX_BODY_BYTES, MAX_RESULT_BYTES, REQUESTS
 from topics.clients import LogReader, Producer
 from topics.dead_letters import PREFIX, describe
-from topics.envelope import EnvelopeError, parse
+from topics.envelope import EnvelopeError, envelope_of
 from topics.record import Record
+from topics.signing import SEAL, Seals
 
 WINDOW = 200
 """Letters that are read at a time, from the newest back; each may be as large as a message may be."""
 MAX_SCAN = 20_000
 """Letters that one page may look through."""
-_REPLACED = ("ce_id", "ce_time", "hr-digest", "hr-replay-of", "hr-idempotency-key")
+_REPLACED = ("ce_id", "ce_time", "hr-digest", "hr-replay-of", "hr-idempotency-key", SEAL)
 """Headers of a request that a replay writes anew. The Idempotency-Key goes: the new id is not derived from it."""
 
 
@@ -58,11 +60,12 @@ class Resend:
     value: bytes | None
 
 
-def resend(letter: Letter, *, new_id: str, now_ms: int, body: bytes | None = None) -> Resend:
+def resend(letter: Letter, *, new_id: str, now_ms: int, seals: Seals, body: bytes | None = None) -> Resend:
     """The message that replays a letter: a request under a new id that names the old one, any other as it was.
 
-    `body` is sent in place of the letter's. Raises `CannotReplay` for what would only come back: a request whose
-    envelope cannot be read, a key that is not UTF-8, a body that is too large, a record that is no letter.
+    `body` is sent in place of the letter's. A replay is sealed as an ingress's request, so it must have been one.
+    Raises `CannotReplay` for what was not, and for what would only come back: a key that is not UTF-8, a body that is
+    too large, a record that is no letter.
     """
     value = letter.value if body is None else body
     most = MAX_BODY_BYTES if letter.about.source_topic == REQUESTS.name else MAX_RESULT_BYTES
@@ -78,15 +81,15 @@ def resend(letter: Letter, *, new_id: str, now_ms: int, body: bytes | None = Non
             raise CannotReplay(f"letter {letter.number} cannot be replayed: its key is not UTF-8") from None
         return Resend(letter.about.source_topic, key, letter.about.partition, [*letter.headers, seen], value)
     try:
-        old = parse(letter.headers)
+        old = sender(letter, seals, {}).envelope
     except EnvelopeError as error:
         raise CannotReplay(f"letter {letter.number} cannot be replayed: {error}") from None
     stamp = datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     digest = old.digest if body is None else hashlib.sha256(body).hexdigest()
     ours = [("ce_id", new_id), ("ce_time", stamp), ("hr-digest", digest), ("hr-replay-of", old.request_id)]
     kept = [(name, held) for name, held in letter.headers if name not in _REPLACED]
-    headers = [*kept, *((name, text.encode()) for name, text in ours), seen]
-    return Resend(REQUESTS.name, new_id, None, headers, value)
+    headers = [*kept, *((name, text.encode()) for name, text in ours)]
+    return Resend(REQUESTS.name, new_id, None, [*seals.sealed(REQUESTS.name, headers, digest), seen], value)
 
 
 async def read(conf: Settings, *, topic: str | None = None, first: int = 0) -> AsyncGenerator[Letter, None]:
@@ -149,7 +152,7 @@ class _Named(msgspec.Struct):
 def whose(letter: Letter) -> About:
     """Whose a letter is: by the envelope of a request, or by the fields of our other records."""
     with contextlib.suppress(EnvelopeError):
-        found = parse(letter.headers)
+        found = envelope_of(letter.headers)
         return About(found.tenant, found.request_id, found.key_id, found.time_ms)
     with contextlib.suppress(msgspec.MsgspecError):
         said = msgspec.json.decode(letter.value or b"", type=_Named)
@@ -215,6 +218,7 @@ async def replay(
     producer: Producer,
     letter: Letter,
     *,
+    seals: Seals,
     actor: str,
     reason: str = "",
     body: bytes | None = None,
@@ -228,7 +232,7 @@ async def replay(
     or `KafkaError`.
     """
     now_ms = time.time_ns() // 1_000_000
-    resend(letter, new_id="", now_ms=now_ms, body=body)
+    resend(letter, new_id="", now_ms=now_ms, seals=seals, body=body)
     value = letter.value if body is None else body
     claim = control.Replay(
         letter=key_of(letter),
@@ -240,7 +244,7 @@ async def replay(
     await client.submit([command(claim, actor=actor, reason=reason)])
     [raw] = await client.some("replays", [claim.letter])
     held = msgspec.json.decode(raw, type=control.Replay)
-    message = resend(letter, new_id=held.new_id, now_ms=now_ms, body=body)
+    message = resend(letter, new_id=held.new_id, now_ms=now_ms, seals=seals, body=body)
     await producer.send(
         message.topic, message.value, key=message.key, partition=message.partition, headers=message.headers
     )

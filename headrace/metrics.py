@@ -41,6 +41,12 @@ RESERVATIONS_REAPED = Counter(
     "headrace_limit_reaped_total", "Reservations made after their request had its terminal, and given back."
 )
 
+# router
+NOT_AUTHENTIC = Counter("headrace_not_authentic_total", "Records of inference.requests that nobody we know wrote.")
+PUBLISHED = Counter(
+    "headrace_published_messages_total", "Messages of direct publishers, by what became of them.", ["outcome"]
+)
+
 # scheduler
 POOL_QUEUED = Gauge("headrace_pool_queued", "Requests waiting in a pool.", ["pool"])
 POOL_RUNNING = Gauge("headrace_pool_running", "Requests assigned in a pool.", ["pool"])
@@ -60,6 +66,11 @@ BREAKER_OPEN = Gauge(
 )
 FRAMES = Counter("headrace_frames_total", "Frame records written to inference.replies.")
 MODEL_LOAD_SECONDS = Histogram("headrace_model_load_seconds", "Time to load a model.", ["model"], buckets=_LATENCY)
+
+# answers
+ANSWERS = Counter("headrace_published_answers_total", "Results written for direct publishers, by status.", ["status"])
+CHUNKS = Counter("headrace_published_chunks_total", "Chunks written for direct publishers.")
+CHUNKS_MISSED = Counter("headrace_published_chunks_missed_total", "Streams whose frames were not all found.")
 
 # metering
 USAGE_EVENTS = Counter("headrace_usage_events_total", "Usage events written.", ["status"])

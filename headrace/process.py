@@ -17,7 +17,7 @@ from headrace import logs
 from headrace.cancellation import end
 from headrace.parent import watch_parent
 from headrace.production import faults
-from headrace.settings import Settings, settings
+from headrace.settings import NoIngressSecret, Settings, settings
 from headrace.telemetry import serve_metrics
 from topics.catalogue import CATALOGUE, worker_commands
 from topics.ready import wait_for_topics
@@ -30,10 +30,14 @@ ROLES: dict[str, str] = {
     "scheduler": "processors.scheduler.role",
     "worker": "processors.generation.role",
     "metering": "processors.metering.role",
+    "answers": "processors.answers.role",
     "sink": "processors.sink.role",
     "control": "processors.control.role",
 }
 """Role -> module with `async def run(settings, stop) -> None`, which returns after `stop` is set and raises to die."""
+
+SEALED = ("ingress", "router", "control")
+"""Roles that write or read the seals of requests."""
 
 
 def run_role(role: str) -> int:
@@ -51,6 +55,12 @@ def run_role(role: str) -> int:
     if refused := faults(conf, role):
         print("\n".join(refused), flush=True)
         return 2
+    if role in SEALED:
+        try:
+            conf.seals  # noqa: B018 - said now, not after the brokers were waited for
+        except NoIngressSecret as error:
+            print(error, flush=True)
+            return 2
     logs.configure(conf, role)
     with contextlib.suppress(KeyboardInterrupt):
         return uvloop.run(_run(role, conf))

@@ -15,11 +15,13 @@ from headrace.limits.restore import restore
 from headrace.model_facts import FactsCache, rebuild_facts
 from headrace.projection import Projection
 from headrace.redis_client import connect
+from headrace.senders import sender
 from headrace.settings import Settings
 from topics.catalogue import DAY_MS, REQUESTS
 from topics.clients import LogReader
-from topics.envelope import IDEMPOTENCY_HEADER, EnvelopeError, parse
+from topics.envelope import IDEMPOTENCY_HEADER, EnvelopeError
 from topics.record import Record
+from topics.signing import Seals
 
 log = structlog.get_logger(__name__)
 
@@ -94,6 +96,7 @@ async def _made_anew(settings: Settings, projection: Projection) -> bool:
 async def _restore_idempotency(settings: Settings, redis: Redis, progress: Progress | None) -> int:
     """Remember again the idempotent requests of the last 24 h; what Redis still knows is left as it is."""
     count = done = 0
+    seals = settings.seals
     seconds, micros = await redis.time()
     now_ms = seconds * 1000 + micros // 1000
     async with LogReader(
@@ -104,22 +107,22 @@ async def _restore_idempotency(settings: Settings, redis: Redis, progress: Progr
         ends = await reader.consumer.end_offsets(assignment)
         total = sum([ends[at] - await reader.consumer.position(at) for at in assignment])
         async for records in reader.batches_to_end(assignment):
-            count += await _remember(redis, records, now_ms)
+            count += await _remember(redis, records, now_ms, seals)
             done += len(records)
             if progress is not None:
                 progress(done, max(done, total))
     return count
 
 
-async def _remember(redis: Redis, records: Sequence[Record], now_ms: int) -> int:
-    """Put the reservations of idempotent requests into Redis; how many it did not know. Bodies are not looked at."""
+async def _remember(redis: Redis, records: Sequence[Record], now_ms: int, seals: Seals) -> int:
+    """Put the reservations of idempotent requests into Redis; how many it did not know. Only ingresses make them."""
     async with redis.pipeline(transaction=False) as pipe:
         for record in records:
             left_ms = record.timestamp + IDEMPOTENCY_TTL_MS - now_ms
             if left_ms <= 0 or not any(name == IDEMPOTENCY_HEADER for name, _ in record.headers):
                 continue
             try:
-                envelope = parse(record.headers)
+                envelope = sender(record, seals, {}).envelope
             except EnvelopeError:
                 continue  # The router counts and buries it.
             value = {

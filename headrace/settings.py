@@ -6,6 +6,7 @@ and in a worker. `headrace up` fills these for its children; in production they 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from functools import lru_cache
@@ -16,6 +17,13 @@ from pydantic import AliasChoices, ByteSize, Field, FilePath, SecretStr, model_v
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from topics.cluster import Cluster, SaslMechanism, SecurityProtocol
+from topics.signing import Seals
+
+INGRESS_SECRET_FILE = "ingress.secret"  # noqa: S105 - the name of a file
+
+
+class NoIngressSecret(Exception):
+    """What seals the requests of ingresses is not set; the message says how."""
 
 
 def _also(name: str) -> AliasChoices:
@@ -77,6 +85,9 @@ class Settings(BaseSettings):
     """The Ollama server whose models are served where there is no `headrace.toml`."""
     ollama_models: str = Field(default="", validation_alias=_also("ollama_models"))
     """Comma-separated tags of those models; they are pulled if they are not there."""
+    ingress_secret: SecretStr | None = None
+    """By which routers know requests that an ingress admitted: at least 32 characters, or several such by commas, of
+    which the first is used and each is accepted. A local stack makes its own."""
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
@@ -121,6 +132,20 @@ class Settings(BaseSettings):
                 "and HEADRACE_KAFKA_SASL_PASSWORD"
             )
         return self
+
+    @property
+    def seals(self) -> Seals:
+        """The seals of ingresses, by `HEADRACE_INGRESS_SECRET` or the data directory. Raises `NoIngressSecret`."""
+        text = self.ingress_secret.get_secret_value() if self.ingress_secret is not None else ""
+        if not text:
+            with contextlib.suppress(FileNotFoundError):
+                text = (self.data_dir / INGRESS_SECRET_FILE).read_text(encoding="utf-8")
+        try:
+            return Seals([secret.strip() for secret in text.split(",") if secret.strip()])
+        except ValueError as error:
+            raise NoIngressSecret(
+                f"Set HEADRACE_INGRESS_SECRET to what all ingresses, routers and control roles share: {error}."
+            ) from None
 
     @property
     def kafka(self) -> Cluster:

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from headrace import metrics
 from headrace.errors import HeadraceError, LimitExceeded
-from ingress.openai.render import error_object
+from headrace.openai_objects import error_object
 from schemas.events import ErrorInfo
 from schemas.ids import new_request_id
 

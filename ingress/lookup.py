@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
 import msgspec
@@ -14,13 +14,17 @@ from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
 from headrace.errors import Unavailable
+from headrace.senders import sender
 from headrace.settings import Settings
+from schemas.control import App
 from schemas.events import LifecycleEvent, Terminal
-from topics import envelope, request_log
+from topics import request_log
 from topics.catalogue import EVENTS, LOG, REQUESTS, Topic
 from topics.clients import LogReader
+from topics.envelope import Envelope, EnvelopeError
 from topics.record import Record
 from topics.request_log import LogView
+from topics.signing import Seals
 
 log = structlog.get_logger(__name__)
 
@@ -38,7 +42,7 @@ _event = msgspec.json.Decoder(LifecycleEvent)
 class Asked(NamedTuple):
     """A record of `inference.requests`."""
 
-    envelope: envelope.Envelope
+    envelope: Envelope
     accepted_ms: int
     """Unix ms at which the brokers took it."""
     body: bytes
@@ -47,8 +51,9 @@ class Asked(NamedTuple):
 class Lookup:
     """Reads a request's records. Readers are kept and lent, at most `MAX_READERS` at once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, seals: Seals) -> None:
         self._settings = settings
+        self._seals = seals
         self._idle: list[LogReader] = []
         self._slots = asyncio.Semaphore(MAX_READERS)
 
@@ -91,12 +96,17 @@ class Lookup:
             if seen >= MAX_SCAN_RECORDS:
                 return
 
-    async def request(self, request_id: str, since_ms: int) -> Asked | None:
-        """A request as it was published; None when Kafka does not hold it (any more)."""
+    async def request(self, request_id: str, since_ms: int, apps: Mapping[str, App]) -> Asked | None:
+        """A request as it was published; None when Kafka does not hold it (any more).
+
+        Others may write to the topic, under any id and in any name: what its sender did not write is passed over.
+        """
         async with self._reader() as reader:
             async for record in self._records(reader, REQUESTS, request_id, since_ms):
-                with contextlib.suppress(envelope.EnvelopeError):
-                    return Asked(envelope.parse(record.headers), record.timestamp, record.value or b"")
+                with contextlib.suppress(EnvelopeError):
+                    sent = sender(record, self._seals, apps)
+                    if sent.published is None or (not sent.published.cancels and not sent.refusal):
+                        return Asked(sent.envelope, record.timestamp, record.value or b"")
         return None
 
     async def terminal(self, request_id: str, since_ms: int) -> Terminal | None:

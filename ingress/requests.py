@@ -12,10 +12,10 @@ from headrace import audit
 from headrace.access import Permission
 from headrace.erasure import Erased
 from headrace.errors import NotFound, Unavailable
+from headrace.openai_objects import error_object, usage_object
 from ingress import guard
 from ingress.guard import Who
 from ingress.lookup import age_ms
-from ingress.openai.render import error_object, usage_object
 from ingress.services import Services
 from schemas.events import STAGE_RANK, LifecycleEvent, Terminal
 from schemas.ids import PublicId, created_ms, normalise_request_id

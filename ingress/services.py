@@ -42,6 +42,7 @@ class Services:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.seals = settings.seals
         self.redis = connect(settings.redis_url)
         self.registry = Registry(self.redis)
         self.erasures = ErasureBook(self.redis)
@@ -57,7 +58,7 @@ class Services:
         self.replies = ReplyReader(settings.kafka, settings.instance)
         self.pools = Pools(settings.kafka, settings.instance)
         self.fleet = FleetReader(settings.kafka, settings.instance)
-        self.lookup = Lookup(settings)
+        self.lookup = Lookup(settings, self.seals)
         self.reservations = Reservations(self.redis)
         self.limiter = Limiter(self.redis, allow_on_outage=settings.limits_on_outage == "allow")
         self.admissions = Admissions(self.limiter, settings.limits_default_output)

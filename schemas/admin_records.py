@@ -230,6 +230,8 @@ class AppCreate(_Budgets):
     """Its share of a model that several apps wait for."""
     publishers: Annotated[dict[Id, Annotated[str, Field(max_length=64)]], Field(max_length=100)] = {}
     """Ed25519 public keys (32 bytes, base64) of systems that publish to Kafka for it, by key id."""
+    producer_byte_rate: Annotated[int, Field(ge=1, lt=2**53)] | None = None
+    """Bytes a second that each broker takes from them."""
 
 
 class AppPatch(_Budgets):
@@ -240,6 +242,7 @@ class AppPatch(_Budgets):
     name: Label | None = None
     weight: Weight | None = None
     publishers: Annotated[dict[Id, Annotated[str, Field(max_length=64)]], Field(max_length=100)] | None = None
+    producer_byte_rate: Annotated[int, Field(ge=1, lt=2**53)] | None = None
     enabled: bool | None = None
 
 
@@ -250,6 +253,7 @@ class AppView(_Budgets):
     name: str
     weight: float
     publishers: dict[str, str]
+    producer_byte_rate: int | None
     enabled: bool
     created_at: datetime
 

@@ -174,6 +174,8 @@ class App(Budgeted, frozen=True, omit_defaults=True):
     many tokens as one of weight 1."""
     publishers: dict[str, str] = {}
     """Ed25519 public keys (32 bytes, base64) of systems that publish requests to Kafka for this app, by key id."""
+    producer_byte_rate: int | None = None
+    """Bytes a second that each broker takes from its publishers (`headrace topics acls`); None sets no bound."""
     created: int = 0
     """Unix seconds of the record's first version."""
 

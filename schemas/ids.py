@@ -54,6 +54,21 @@ def is_idempotent(request_id: str) -> bool:
     return request_id[12] == "8"
 
 
+def tenant_tag(tenant: str) -> str:
+    """The last 12 hex digits of every id that a tenant's publishers give: they cannot give one of another tenant's."""
+    return hashlib.sha256(f"headrace-tenant:{tenant}".encode()).hexdigest()[:12]
+
+
+def new_published_id(tenant: str) -> str:
+    """A new request id of a direct publisher: a UUIDv7 whose last 48 bits are its tenant's tag."""
+    return new_request_id()[:20] + tenant_tag(tenant)
+
+
+def is_published_id(request_id: str, tenant: str) -> bool:
+    """Whether a publisher of this tenant may give this id."""
+    return request_id[12] == "7" and request_id[16] in "89ab" and request_id[20:] == tenant_tag(tenant)
+
+
 def normalise_request_id(text: str) -> str | None:
     """The 32 hex digits of a request id given as UUID, hex or public id; None when it is none of them."""
     public = PublicId.parse(text)

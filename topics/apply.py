@@ -112,6 +112,15 @@ async def apply_all(settings: Settings, *, workers: Sequence[str], allow_shorter
     return done
 
 
+async def ensure(settings: Settings, topic: Topic) -> bool:
+    """Make one topic if it is not there, and wait for its leaders; whether it was made. Raises `ApplyError`."""
+    async with admin_client(settings.kafka, f"topics-{settings.instance}") as admin:
+        missing = topic.name not in await actual_topics(admin, {topic.name})
+        await _create(admin, settings, [topic] if missing else [])
+        await _wait_for_leaders(admin, [topic])
+    return missing
+
+
 def _plan(settings: Settings, topics: Sequence[Topic], existing: Mapping[str, Actual], shorter: bool) -> list[Change]:
     changes, refusals = [], []
     for topic in topics:

@@ -61,6 +61,8 @@ class Topic:
         return settings | self.extra
 
 
+FIRST_PUBLISHED = 4096
+"""Reply partitions from here on are those of `inference.published`; ingresses read lower ones."""
 SIX = 6
 """Six partitions spread evenly over 1, 2, 3 or 6 members of a group, and cost an idle broker little."""
 
@@ -72,6 +74,8 @@ REQUESTS = Topic(
     retention_ms=DAY_MS,
     max_message_bytes=MAX_BODY_BYTES + HEADROOM_BYTES,
     append_time=True,
+    # The brokers unpack what publishers packed, by whichever codec and however small: no reader has to, or could not.
+    extra={"compression.type": "uncompressed"},
 )
 ROUTED = Topic(
     "inference.routed",
@@ -98,6 +102,15 @@ LOG = Topic(
     "Attempts and terminals: what decides.",
     schema=events.LogRecord,
     retention_ms=7 * DAY_MS,
+    max_message_bytes=MAX_MESSAGE_BYTES,
+    append_time=True,
+)
+PUBLISHED = Topic(
+    "inference.published",
+    SIX,
+    "explicit partition",
+    "Frames of direct publishers' requests, on the partition number of their log records, so that one reader has both.",
+    retention_ms=HOUR_MS,
     max_message_bytes=MAX_MESSAGE_BYTES,
     append_time=True,
 )
@@ -259,12 +272,42 @@ DEAD_LETTERS = Topic(
 )
 
 CATALOGUE: tuple[Topic, ...] = (
-    REQUESTS, ROUTED, REPLIES, LOG, EVENTS, CANCELLATIONS, USAGE,
+    REQUESTS, ROUTED, REPLIES, LOG, PUBLISHED, EVENTS, CANCELLATIONS, USAGE,
     POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS, MODEL_FACTS,
     CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_USERS, CONTROL_KEYS,
     CONTROL_PRICES, CONTROL_REPLAYS, CONTROL_ERASURES,
     AUDIT_EVENTS, AUDIT_HEADS, DEAD_LETTERS,
 )  # fmt: skip
+
+
+def published_partition(request_id: str) -> int:
+    """The reply partition of a direct publisher's request: it has no ingress, and so none of those that they read."""
+    return FIRST_PUBLISHED + LOG.partition_of(request_id)
+
+
+def is_published(reply_partition: int) -> bool:
+    """Whether a reply partition is that of a direct publisher's request."""
+    return FIRST_PUBLISHED <= reply_partition < FIRST_PUBLISHED + PUBLISHED.partitions
+
+
+def frames_at(reply_partition: int) -> tuple[Topic, int]:
+    """The topic, and the partition of it, that hold the frames of requests with this reply partition."""
+    if is_published(reply_partition):
+        return PUBLISHED, reply_partition - FIRST_PUBLISHED
+    return REPLIES, reply_partition
+
+
+def answers_of(app: str) -> Topic:
+    """The topic of the answers to an app's direct publishers; it is made when the app gets its first publisher."""
+    return Topic(
+        f"replies.{app}",
+        3,
+        "request_id",
+        "Answers to the requests that this app's publishers wrote: chunks, where they asked for them, and results.",
+        retention_ms=DAY_MS,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        append_time=True,
+    )
 
 
 def worker_commands(worker_id: str) -> Topic:

@@ -14,11 +14,14 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from aiokafka.structs import RecordMetadata
 
+from topics import tolerant_records
 from topics.catalogue import MAX_MESSAGE_BYTES, Topic
 from topics.cluster import Cluster, start_client
 from topics.record import Record
 
 log = structlog.get_logger(__name__)
+
+tolerant_records.install()
 
 
 LATER_S = 0.1

@@ -18,11 +18,13 @@ log = structlog.get_logger(__name__)
 PREFIX = "hr-dl-"
 """Our headers on a dead letter begin with this; the message's own headers stand beside them unchanged."""
 MAX_REASON_CHARS = 2000
+NOT_ACCEPTED = "not accepted: "
+"""Reasons begin with this where the message counts as no request: it gets no terminal, whatever it says of itself."""
 
 
 async def bury(producer: Producer, record: Record, *, reason: str, role: str) -> None:
     """Write `record` to `dead.letters` and wait until it is durable. Raises `KafkaError` when it could not be."""
-    headers = [(name, value) for name, value in record.headers if not name.startswith(PREFIX)]
+    headers = [(_written(name), value) for name, value in record.headers if not name.startswith(PREFIX)]
     ours = {
         "topic": record.topic,
         "partition": str(record.partition),
@@ -40,6 +42,11 @@ async def bury(producer: Producer, record: Record, *, reason: str, role: str) ->
     log.error(
         "dead_letter", topic=record.topic, partition=record.partition, offset=record.offset, reason=reason, role=role
     )
+
+
+def _written(name: str) -> str:
+    """A header's name as it can be written: bytes in it that are not UTF-8 are shown as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _times_seen(record: Record) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import schemas
 from headrace import __version__
 from topics import envelope
-from topics.catalogue import CATALOGUE, DEAD_LETTERS, REPLIES, REQUESTS, Topic, worker_commands
+from topics.catalogue import CATALOGUE, DEAD_LETTERS, PUBLISHED, REPLIES, REQUESTS, Topic, answers_of, worker_commands
 from topics.dead_letters import PREFIX
 from topics.frames import Delta
 from topics.json_schemas import Schema, components, topic_schema
@@ -58,6 +58,8 @@ _OPTIONAL_REQUEST_HEADERS: dict[str, str] = {
     "traceparent": "W3C trace context.",
     "hr-replay-of": "The request that this one repeats.",
     "hr-user-id": "Id of the user who owns the API key.",
+    "hr-seal": "HMAC-SHA256 of an ingress, base64; a direct publisher signs in its place (docs/publishing.md).",
+    "hr-signature": "Ed25519 signature of a direct publisher, base64.",
 }
 _LETTER_HEADERS: dict[str, str] = {
     f"{PREFIX}topic": "Topic that the message was on.",
@@ -71,13 +73,14 @@ _LETTER_HEADERS: dict[str, str] = {
 
 
 def documented_topics() -> list[Topic]:
-    """Every topic of the catalogue, with one worker's commands standing for all workers'."""
-    return [*CATALOGUE, worker_commands("{worker}")]
+    """Every topic of the catalogue, with one worker's commands and one app's answers standing for all."""
+    return [*CATALOGUE, worker_commands("{worker}"), answers_of("{app}")]
 
 
 def _payload_types() -> dict[str, object]:
     return {topic.name: topic.schema for topic in documented_topics() if topic.schema is not None} | {
-        REPLIES.name: list[Delta]
+        REPLIES.name: list[Delta],
+        PUBLISHED.name: list[Delta],
     }
 
 
@@ -104,7 +107,7 @@ def asyncapi() -> dict[str, Any]:
 
 
 def _id(topic: Topic) -> str:
-    return topic.name.replace("{worker}", "id")
+    return topic.name.replace("{worker}", "id").replace("{app}", "app")
 
 
 def _channel(topic: Topic) -> dict[str, Any]:
@@ -125,6 +128,8 @@ def _channel(topic: Topic) -> dict[str, Any]:
     }
     if "{worker}" in topic.name:
         channel["parameters"] = {"worker": {"description": "The worker's stable id (HEADRACE_WORKER_ID)."}}
+    if "{app}" in topic.name:
+        channel["parameters"] = {"app": {"description": "Id of an app that has publishers."}}
     return channel
 
 
@@ -154,7 +159,7 @@ def _message(topic: Topic, payload: Schema | None) -> dict[str, Any]:
         message["payload"] = {"description": "The message's value, byte for byte."}
     else:
         message["payload"] = payload if payload is not None else {}
-        if topic is REPLIES:
+        if topic in (REPLIES, PUBLISHED):
             message["contentType"] = "application/msgpack"
     return message
 

@@ -1,11 +1,12 @@
 """The envelope of `inference.requests`: CloudEvents 1.0 in binary mode, ours prefixed `hr-`.
 
-Header names and meanings are a contract with other systems that publish requests. Unknown headers are kept.
+Header names and meanings are a contract with other systems that publish requests. An ingress names a reply partition,
+and seals; a direct publisher (docs/publishing.md) signs, and names nothing that is inside of Headrace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -13,6 +14,12 @@ import msgspec
 from schemas.events import PRIORITIES
 
 REQUEST_TYPE = "headrace.inference.request.v1"
+CANCEL_TYPE = "headrace.inference.cancel.v1"
+"""A publisher's wish to end the request `ce_id`. It stands on the topic of requests, the only one publishers write."""
+DEFAULT_DEADLINE_S = 600.0
+MAX_PUBLISHED_DEADLINE_S = 1800.0
+"""As for requests over HTTP."""
+MAX_NAME_CHARS = 200
 IDEMPOTENCY_HEADER = "hr-idempotency-key"
 MAX_DEADLINE_S = 86_400.0
 """A deadline beyond the retention of `inference.requests` could not be kept."""
@@ -60,6 +67,8 @@ class Envelope(msgspec.Struct, frozen=True):
 
     user_id: str = ""
     """`hr-user-id`: who owns the key; absent where nobody does."""
+    stream: bool = False
+    """`hr-stream`: whether a publisher wants the answer's chunks too."""
 
     def headers(self) -> list[tuple[str, bytes]]:
         """The Kafka record headers of this envelope."""
@@ -95,6 +104,27 @@ class Envelope(msgspec.Struct, frozen=True):
         return [(name, value.encode()) for name, value in pairs]
 
 
+class Published(msgspec.Struct, frozen=True):
+    """What a direct publisher says in the headers of a request or of a wish to cancel one."""
+
+    envelope: Envelope
+    """As an ingress would have written it; `key_id` is the API key's id, or `publisher:` and the publisher's."""
+    publisher: str
+    """`hr-key-id`: which of the app's public keys fits the signature."""
+    api_key_id: str
+    """`hr-api-key-id`: the API key whose limits and models hold; empty for the app's alone."""
+    cancels: bool
+    """Whether it is a wish to cancel."""
+
+
+class HeaderRefused(EnvelopeError):
+    """A header of a message whose sender, id and kind can be told is wrong, so that it can be answered."""
+
+    def __init__(self, reason: str, message: Published) -> None:
+        super().__init__(reason)
+        self.published = message
+
+
 def _required(found: dict[str, str], name: str) -> str:
     try:
         return found[name]
@@ -102,18 +132,27 @@ def _required(found: dict[str, str], name: str) -> str:
         raise EnvelopeError(f"header {name} is missing") from None
 
 
-def parse(headers: Headers) -> Envelope:
-    """The envelope in a record's headers. Raises `EnvelopeError`."""
+def _texts(headers: Headers) -> dict[str, str]:
     try:
-        found = {name: value.decode() for name, value in headers if value is not None}
+        return {name: value.decode() for name, value in headers if value is not None}
     except UnicodeDecodeError as error:
         raise EnvelopeError(f"a header is not UTF-8: {error}") from None
-    kind = _required(found, "ce_type")
-    if kind != REQUEST_TYPE:
-        raise EnvelopeError(f"ce_type is {kind!r}, expected {REQUEST_TYPE!r}")
+
+
+def _request_id(found: dict[str, str]) -> str:
     request_id = _required(found, "ce_id")
     if len(request_id) != 32 or not all(digit in "0123456789abcdef" for digit in request_id):
         raise EnvelopeError("ce_id is not a UUID as 32 lower-case hex digits")
+    return request_id
+
+
+def parse(headers: Headers) -> Envelope:
+    """The envelope that an ingress wrote into a record's headers. Raises `EnvelopeError`."""
+    found = _texts(headers)
+    kind = _required(found, "ce_type")
+    if kind != REQUEST_TYPE:
+        raise EnvelopeError(f"ce_type is {kind!r}, expected {REQUEST_TYPE!r}")
+    request_id = _request_id(found)
     try:
         envelope = Envelope(
             request_id=request_id,
@@ -143,3 +182,90 @@ def parse(headers: Headers) -> Envelope:
     if envelope.priority not in PRIORITIES:
         raise EnvelopeError(f"hr-priority must be one of {', '.join(PRIORITIES)}")
     return envelope
+
+
+_PUBLISHED = frozenset(
+    ("ce_specversion", "ce_id", "ce_type", "ce_source", "ce_time", "ce_datacontenttype", "ce_subject",
+     "hr-tenant", "hr-key-id", "hr-api-key-id", "hr-deadline", "hr-priority", "hr-stream", "hr-signature")
+)  # fmt: skip
+"""The headers that a direct publisher may write, of those that begin with `ce_` or `hr-`."""
+
+
+def parse_published(headers: Headers, *, reply_partition: Callable[[str], int]) -> Published:
+    """What a direct publisher's headers say; `reply_partition` tells that of a request id.
+
+    Raises `HeaderRefused` where only a wish in it is wrong, and another `EnvelopeError` where it is not to be told who
+    asks for what.
+    """
+    found = _texts(headers)
+    kind = _required(found, "ce_type")
+    if kind not in (REQUEST_TYPE, CANCEL_TYPE):
+        raise EnvelopeError(f"ce_type is {kind!r}, expected {REQUEST_TYPE!r} or {CANCEL_TYPE!r}")
+    request_id, tenant, publisher = _request_id(found), _required(found, "hr-tenant"), _required(found, "hr-key-id")
+    api_key_id = found.get("hr-api-key-id", "")
+    if any(len(name) > MAX_NAME_CHARS for name in (tenant, publisher, api_key_id)):
+        raise EnvelopeError(f"a name has more than {MAX_NAME_CHARS} characters")
+    envelope = Envelope(
+        request_id=request_id,
+        source=found.get("ce_source", "")[:MAX_NAME_CHARS],
+        time_ms=0,
+        tenant=tenant,
+        key_id=api_key_id or f"publisher:{publisher}",
+        reply_partition=reply_partition(request_id),
+        digest="",
+        deadline_s=DEFAULT_DEADLINE_S,
+        traceparent=found.get("traceparent"),
+    )
+    message = Published(envelope, publisher, api_key_id, kind == CANCEL_TYPE)
+    try:
+        wishes = _wishes(found)
+    except ValueError as error:
+        raise HeaderRefused(str(error), message) from None
+    return msgspec.structs.replace(message, envelope=msgspec.structs.replace(envelope, **wishes))
+
+
+def envelope_of(headers: Headers) -> Envelope:
+    """The envelope in a record's headers, of whichever sender, be it true or not. Raises `EnvelopeError`."""
+    if not any(name == "hr-signature" for name, _ in headers):
+        return parse(headers)
+    try:
+        return parse_published(headers, reply_partition=lambda _: 0).envelope
+    except HeaderRefused as error:
+        return error.published.envelope
+
+
+def _wishes(found: dict[str, str]) -> dict[str, float | int | str | bool]:
+    """What may be wrong in a message that can be answered. Raises `ValueError` with the reason."""
+    unknown = sorted(name for name in found if name.startswith(("ce_", "hr-")) and name not in _PUBLISHED)
+    if unknown:
+        raise ValueError(f"a publisher may not write the header {unknown[0]}")
+    if found.get("ce_specversion") != "1.0":
+        raise ValueError("ce_specversion must be 1.0")
+    for name in ("ce_source", "ce_time"):
+        _required(found, name)
+    if len(found["ce_source"]) > MAX_NAME_CHARS:
+        raise ValueError(f"ce_source has more than {MAX_NAME_CHARS} characters")
+    try:
+        moment = datetime.fromisoformat(found["ce_time"])
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ValueError("ce_time must be a time of RFC 3339, with its zone")
+    try:
+        deadline_s = float(found.get("hr-deadline", DEFAULT_DEADLINE_S))
+    except ValueError:
+        deadline_s = -1.0
+    if not 0 < deadline_s <= MAX_PUBLISHED_DEADLINE_S:
+        raise ValueError(f"hr-deadline must be seconds, above 0 and at most {MAX_PUBLISHED_DEADLINE_S:g}")
+    priority = found.get("hr-priority", "standard")
+    if priority not in PRIORITIES:
+        raise ValueError(f"hr-priority must be one of {', '.join(PRIORITIES)}")
+    stream = found.get("hr-stream", "false")
+    if stream not in ("true", "false"):
+        raise ValueError("hr-stream must be true or false")
+    return {
+        "time_ms": int(moment.timestamp() * 1000),
+        "deadline_s": deadline_s,
+        "priority": priority,
+        "stream": stream == "true",
+    }

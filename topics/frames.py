@@ -29,6 +29,18 @@ class Kind(IntEnum):
     MODEL = 6
     """The id of the model that the router gave this request to, where that is not the one that it names."""
 
+    OPENED = 7
+    """The JSON of `Opened`: a direct publisher wants this request's frames, from here on, on its app's topic."""
+
+
+class Opened(msgspec.Struct):
+    """What the chunks to a direct publisher say of their request, before the first of its frames."""
+
+    tenant: str
+    created_ms: int
+    model: str
+    """The model's name in the chunks."""
+
 
 class Moved(msgspec.Struct):
     """Where the frames of a request that was asked twice really are."""
@@ -84,7 +96,7 @@ class StreamView:
 
     def accept(self, delta: Delta) -> bool:
         """Whether `delta` counts; moves the view on when it does."""
-        if self.done or delta.attempt < self.attempt or delta.kind in (Kind.MOVED, Kind.MODEL):
+        if self.done or delta.attempt < self.attempt or delta.kind in (Kind.MOVED, Kind.MODEL, Kind.OPENED):
             return False
         if delta.kind == Kind.FENCE:
             self.attempt = delta.attempt

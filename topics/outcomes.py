@@ -9,7 +9,7 @@ import msgspec
 from headrace import metrics
 from schemas.events import NOTHING, LifecycleEvent, Stage, Terminal
 from topics import frames, request_log
-from topics.catalogue import EVENTS, LOG, REPLIES
+from topics.catalogue import EVENTS, LOG, frames_at
 from topics.clients import Producer
 
 
@@ -76,7 +76,8 @@ class Outcomes:
     async def terminal_frame(self, terminal: Terminal, *, attempt: int | None = None) -> None:
         """Tell the caller's ingress of a terminal that is already in the log."""
         record = frames.encode([terminal_delta(terminal, attempt or terminal.attempt)])
-        await self._producer.send(REPLIES.name, record, partition=terminal.reply_partition)
+        topic, partition = frames_at(terminal.reply_partition)
+        await self._producer.send(topic.name, record, partition=partition)
 
     async def end(self, terminal: Terminal) -> None:
         """Write a terminal, then its frame: what the caller sees as the end is durable."""

@@ -149,7 +149,7 @@ class Headrace:
         self._tell(Finished(job.spec.id, job.spec.prompt_tokens, job.spec.output_tokens))
 
     def on_abandoned(self, job: Job) -> None:
-        self._tell(CancelAsked(job.spec.id, "The caller left."))
+        self._tell(CancelAsked(job.spec.id, "The caller left.", job.spec.tenant))
 
     def on_loaded(self, replica: Replica) -> None:
         self._report(self._workers[replica.device.id])

@@ -9,6 +9,7 @@ from deploy.embedded.files import write_private
 
 ADMIN_KEY_FILE = "admin.key"
 JWT_SECRET_FILE = "jwt.secret"  # noqa: S105
+INGRESS_SECRET_FILE = "ingress.secret"  # noqa: S105 - the name of a file
 
 
 def admin_key(data_dir: Path, given: str | None) -> tuple[str, bool]:
@@ -29,3 +30,10 @@ def jwt_secret(data_dir: Path) -> str:
     if secret != known:
         write_private(path, secret + "\n")
     return secret
+
+
+def make_ingress_secret(data_dir: Path) -> None:
+    """Make the secret of this stack's ingresses, once: what was sealed before a restart must still be known."""
+    path = data_dir / INGRESS_SECRET_FILE
+    if not path.exists():
+        write_private(path, secrets.token_urlsafe(32) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deploy.embedded import leftovers, probes, roles, stack
 from deploy.embedded.infra import Infrastructure, StartFailed
-from deploy.embedded.keys import admin_key, jwt_secret
+from deploy.embedded.keys import admin_key, jwt_secret, make_ingress_secret
 from deploy.embedded.ports import PortBook, is_free
 from deploy.embedded.supervisor import OneShotFailed, Supervisor
 from headrace import __version__
@@ -85,6 +85,7 @@ class _Stack:
         self._admin_key, made = admin_key(self._data, options.admin_key)
         if made:
             report(f"admin key (shown once, kept in {self._data / 'admin.key'}): {self._admin_key}")
+        make_ingress_secret(self._data)
         book = PortBook(self._data / "ports.json")
         first = options.port or book.port("ingress-1", options.host)
         more = range(2, options.replicas.get("ingress", 1) + 1)

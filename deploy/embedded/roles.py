@@ -8,8 +8,8 @@ from pathlib import Path
 
 from deploy.embedded.child import GIVES_WAY, ChildSpec
 
-START_ORDER = ("control", "router", "scheduler", "metering", "sink", "worker", "ingress")
-STOP_ORDER = ("ingress", "worker", "scheduler", "router", "metering", "sink", "control")
+START_ORDER = ("control", "router", "scheduler", "metering", "answers", "sink", "worker", "ingress")
+STOP_ORDER = ("ingress", "worker", "scheduler", "router", "metering", "answers", "sink", "control")
 """Callers are let go first, then work runs out along the stream; what counts and stores it ends last."""
 _DRAINING = ("ingress", "worker")
 _SPARE_SECONDS = 5.0

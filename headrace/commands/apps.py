@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from rich.console import Console
 
 from headrace import records
@@ -107,13 +111,29 @@ def update(
     tpm: Tpm = None,
     concurrency: Concurrency = None,
     monthly_budget: Budget = None,
+    publisher: Annotated[
+        list[str] | None,
+        typer.Option("--publisher", metavar="NAME=KEY", help="Ed25519 public key in base64, or a PEM file of it."),
+    ] = None,
+    without_publisher: Annotated[
+        list[str] | None, typer.Option("--without-publisher", metavar="NAME", help="Take a publisher's key away.")
+    ] = None,
+    producer_byte_rate: Annotated[
+        int | None, typer.Option("--producer-byte-rate", min=1, help="Bytes a second of its publishers.")
+    ] = None,
     reason: Reason = "",
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Change an app, in force at once."""
     caps = limits(rpm, tpm, concurrency, monthly_budget)
-    patch = body(AppPatch, {"name": name, "weight": weight, "enabled": enabled, **caps})
+    changes = {"name": name, "weight": weight, "enabled": enabled, "producer_byte_rate": producer_byte_rate, **caps}
+    if publisher or without_publisher:
+        found = read(data_dir).apps.get(app_id)
+        held = found.publishers if found is not None else {}
+        kept = {key_id: key for key_id, key in held.items() if key_id not in (without_publisher or ())}
+        changes["publishers"] = kept | dict(_publisher(text) for text in publisher or ())
+    patch = body(AppPatch, changes)
     if not patch.model_fields_set:
         raise stop("say what to change, as --name or --weight; see --help")
     after = _change(data_dir, app_id, patch, reason)
@@ -141,6 +161,23 @@ def _change(data_dir: DataDir, app_id: str, patch: AppPatch, reason: str) -> App
         reason=reason,
     )
     return after
+
+
+def _publisher(text: str) -> tuple[str, str]:
+    """The id and the public key, base64, of `NAME=KEY`; the key itself, or a PEM file of it."""
+    key_id, _, key = text.partition("=")
+    if not key_id or not key:
+        raise stop(f"{text!r}: write NAME=KEY")
+    path = Path(key)
+    if not path.is_file():
+        return key_id, key
+    try:
+        found = load_pem_public_key(path.read_bytes())
+    except ValueError as error:
+        raise stop(f"{path}: no public key in PEM: {error}") from None
+    if not isinstance(found, Ed25519PublicKey):
+        raise stop(f"{path}: not an Ed25519 key")
+    return key_id, base64.b64encode(found.public_bytes_raw()).decode()
 
 
 def _missing(app_id: str) -> str:

@@ -162,12 +162,16 @@ def _edited(letter: Letter) -> bytes:
 async def _send(
     conf: Settings, found: Sequence[Letter], *, reason: str, again: bool, body: bytes | None = None
 ) -> None:
+    seals = conf.seals
     for letter in found:
-        letters.resend(letter, new_id="", now_ms=0, body=body)  # Before anything is sent, all are seen to be fit.
+        # Before anything is sent, all are seen to be fit.
+        letters.resend(letter, new_id="", now_ms=0, seals=seals, body=body)
     await _readable(conf, found)
     async with control_client(conf, timeout=10.0) as client, Producer(conf.kafka, "dead-letters") as producer:
         for letter in found:
-            sent = await letters.replay(client, producer, letter, actor=ACTOR, reason=reason, body=body, again=again)
+            sent = await letters.replay(
+                client, producer, letter, seals=seals, actor=ACTOR, reason=reason, body=body, again=again
+            )
             renamed = f" as {sent.key}" if sent.partition is None else ""
             typer.echo(f"{letter.number} sent to {sent.topic}{renamed}")
 

@@ -83,6 +83,7 @@ async def replay(request: Request, number: Number, wanted: LetterReplay, who: Wh
             services.control,
             services.producer,
             letter,
+            seals=services.seals,
             actor=who.actor,
             reason=wanted.reason,
             body=_bytes(wanted.body),

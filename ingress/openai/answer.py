@@ -14,9 +14,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from headrace import metrics
 from headrace.errors import HeadraceError, Unavailable
+from headrace.openai_objects import completion
 from ingress.http_errors import error_response
 from ingress.openai.following import Following
-from ingress.openai.render import KEEP_ALIVE, ChunkRenderer, completion
+from ingress.openai.render import KEEP_ALIVE, ChunkRenderer
 from ingress.services import Services
 from schemas.control import Key
 from schemas.events import ErrorInfo, Status, Terminal

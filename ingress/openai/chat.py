@@ -16,6 +16,7 @@ from starlette.responses import Response
 from headrace import metrics
 from headrace.access import Permission
 from headrace.asked import Asked, needs
+from headrace.chat_body import TIERS, check_context, parse
 from headrace.choice import Choice, choose
 from headrace.errors import HeadraceError, InvalidRequest, Unavailable
 from headrace.limits.limiter import UNLIMITED, Admission
@@ -24,7 +25,7 @@ from ingress.auth import allowed_model, asking_key
 from ingress.guard import principal_of
 from ingress.idempotency import ACCEPTED, Reservations
 from ingress.openai.answer import ChatAnswer, Ticket
-from ingress.openai.body import check_context, parse, read_body
+from ingress.openai.body import read_body
 from ingress.services import Services
 from schemas.control import TASKS, Key
 from schemas.events import PRIORITIES, Stage
@@ -48,8 +49,6 @@ PRODUCE_TIMEOUT_S = 5.0
 PENDING_POLL_S = 0.05
 MAX_RESUME_S = 3600
 MAX_DEADLINE_S = 1800.0
-TIERS = {"flex": "batch", "priority": "interactive"}
-"""OpenAI's `service_tier` -> priority; its other values mean the standard one."""
 DEFAULT_RESUME_S = 30
 """Grace of requests that can be resumed but name no time of their own."""
 
@@ -196,7 +195,8 @@ async def _not_erased(services: Services, tenant: str, public: PublicId) -> None
     """Raises `Erased` when the answer that a caller would be given is. Whose key asked is seldom to be looked up."""
     sender = ""
     if await services.erasures.of_keys(public.created_ms):
-        asked = await services.lookup.request(public.request_id, public.created_ms)
+        apps = services.registry.snapshot.apps
+        asked = await services.lookup.request(public.request_id, public.created_ms, apps)
         sender = asked.envelope.key_id if asked is not None else ""
     await services.erasures.check(tenant, public.request_id, sender, public.created_ms)
 
@@ -222,7 +222,8 @@ async def _publish(
         traceparent=wanted.traceparent,
         start_within_s=wanted.start_within_s,
     )
-    sending = asyncio.ensure_future(_send(services.producer, request_id, raw, envelope))
+    headers = services.seals.sealed(REQUESTS.name, envelope.headers(), ticket.digest)
+    sending = asyncio.ensure_future(_send(services.producer, request_id, raw, headers))
     try:
         await asyncio.wait_for(asyncio.shield(sending), PRODUCE_TIMEOUT_S)
     except (KafkaError, TimeoutError) as error:
@@ -248,8 +249,8 @@ async def _publish(
     )
 
 
-async def _send(producer: Producer, request_id: str, raw: bytes, envelope: Envelope) -> None:
-    await producer.send(REQUESTS.name, raw, key=request_id, headers=envelope.headers())
+async def _send(producer: Producer, request_id: str, raw: bytes, headers: list[tuple[str, bytes]]) -> None:
+    await producer.send(REQUESTS.name, raw, key=request_id, headers=headers)
 
 
 def _too_late(services: Services, request_id: str, tenant: str, sent: asyncio.Future[None]) -> None:

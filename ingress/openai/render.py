@@ -1,48 +1,16 @@
-"""Answers in OpenAI's shapes: chunks of a stream as bytes, whole answers and errors as objects. Pure."""
+"""The chunks of a stream as OpenAI writes them, as bytes of server-sent events. Pure."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
-from schemas.events import ErrorInfo, Terminal, Usage
+from headrace.openai_objects import error_object, usage_object
+from schemas.events import ErrorInfo, Terminal
 from topics.frames import Delta, Kind
 
 _json = msgspec.json.Encoder()
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": waiting\n\n"
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """Usage as OpenAI writes it."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
-    }
-
-
-def error_object(error: ErrorInfo) -> dict[str, Any]:
-    """The error object of OpenAI's API."""
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
-
-
-def completion(public_id: str, created: int, model: str, terminal: Terminal) -> bytes:
-    """The body of a non-streamed answer."""
-    return _json.encode(
-        {
-            "id": public_id,
-            "object": "chat.completion",
-            "created": created,
-            "model": model,
-            "choices": terminal.choices if terminal.choices else [],
-            "usage": usage_object(terminal.usage),
-            "system_fingerprint": terminal.system_fingerprint,
-        }
-    )
 
 
 class ChunkRenderer:

@@ -9,12 +9,12 @@ from starlette.responses import Response
 
 from headrace import audit
 from headrace.access import Permission
+from headrace.chat_body import parse
 from headrace.errors import InvalidRequest, NotFound
 from ingress import guard
 from ingress.auth import asking_key
 from ingress.guard import principal_of
 from ingress.openai.answer import ChatAnswer, Ticket
-from ingress.openai.body import parse
 from ingress.services import Services
 from schemas.ids import PublicId
 from topics.catalogue import REPLIES
@@ -34,7 +34,7 @@ async def resume(request: Request, completion_id: str, starting_after: str | Non
     if public is None or public.reply_partition >= REPLIES.partitions:
         raise NotFound(f"{completion_id!r} is not the id of a completion (chatcmpl-…).")
     after = _position(request.headers.get("last-event-id") or starting_after)
-    asked = await services.lookup.request(public.request_id, public.created_ms)
+    asked = await services.lookup.request(public.request_id, public.created_ms, services.registry.snapshot.apps)
     if asked is None or not principal.sees(asked.envelope.tenant):
         raise NotFound(f"The completion {completion_id!r} is not known, or is older than can be resumed.")
     tenant = asked.envelope.tenant

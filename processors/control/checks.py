@@ -29,6 +29,8 @@ PROVIDER_KINDS = ("llama_cpp", "transformers", "ollama", "openai")
 EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,189}")
 """What may be an address; whether mail reaches it is not ours to say."""
 PUBLISHER_KEY_BYTES = 32
+TOPIC_PART = re.compile(r"[A-Za-z0-9._-]{1,200}")
+"""What may stand in a topic's name, as an app's id does in that of its answers."""
 
 
 class Refusal(Exception):
@@ -60,12 +62,16 @@ def check_app(key: str, app: App) -> None:
     bounds = f"app {key!r}: weight must be {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, not {app.weight:g}"
     check(MIN_WEIGHT <= app.weight <= MAX_WEIGHT, bounds)
     _check_limits(f"app {key!r}", app)
+    rate = app.producer_byte_rate
+    check(rate is None or rate > 0, f"app {key!r}: producer_byte_rate must be above 0")
+    nameable = not app.publishers or TOPIC_PART.fullmatch(app.id) is not None
+    check(nameable, f"app {key!r}: with publishers, its id must be at most 200 letters, digits, '.', '_' and '-'")
     for name, text in app.publishers.items():
         try:
             raw = base64.b64decode(text, validate=True)
         except binascii.Error:
             raw = b""
-        whole = bool(name) and len(raw) == PUBLISHER_KEY_BYTES
+        whole = 0 < len(name) <= 200 and len(raw) == PUBLISHER_KEY_BYTES
         check(whole, f"app {key!r}: publisher {name!r} has no Ed25519 public key of 32 bytes in base64")
 
 

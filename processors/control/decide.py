@@ -78,6 +78,12 @@ def decode_command(value: bytes | None) -> ControlCommand:
     return command
 
 
+def apps_with_publishers(writes: Iterable[Write]) -> list[str]:
+    """The apps among these records that have publishers, and so need a topic of answers."""
+    apps = (msgspec.json.decode(write.value, type=App) for write in writes if write.kind == "apps" and write.value)
+    return [app.id for app in apps if app.publishers]
+
+
 def decide(state: ControlState, command: ControlCommand, *, now_ms: int) -> Decision:
     """What the command does to the control plane; `now_ms` is the time of the command's record.
 

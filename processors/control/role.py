@@ -23,13 +23,14 @@ from headrace.rebuild import rebuild
 from headrace.redis_client import connect
 from headrace.settings import Settings
 from processors.control.audit import described, held, unreadable
-from processors.control.decide import Refused, decide, decode_command
+from processors.control.decide import Refused, apps_with_publishers, decide, decode_command
 from processors.control.state import ControlState, Write
 from processors.control.trail import REMEMBERED, Trail
 from processors.control.writer import TOPICS, Writer
 from schemas.audit import AUDIT
 from topics.agents import AgentRole, Message
-from topics.catalogue import CONTROL_COMMANDS, CONTROL_RECORDS
+from topics.apply import ensure
+from topics.catalogue import CONTROL_COMMANDS, CONTROL_RECORDS, answers_of
 from topics.clients import Producer
 from topics.dead_letters import bury
 
@@ -58,6 +59,8 @@ class ControlProcessor:
         self._trail = Trail(Place())
         self._offsets: dict[str, int] = {}
         """Next offset of each control topic, as the projection should have it."""
+        self._answered: set[str] = set()
+        """Apps whose topic of answers is there."""
         self._owning = asyncio.Event()
         self._busy = asyncio.Lock()
         """Held while records are written or compared, so that a rebuild never starts between write and apply."""
@@ -117,6 +120,9 @@ class ControlProcessor:
                 outcomes.append(outcome)
         if writes:
             writes.append(self._trail.head())
+        for app in apps_with_publishers(writes):
+            # Before they are in force, so that whoever publishes can listen first.
+            await self._ensure_answers(app)
         for write, offset in zip(writes, await writer.write(writes), strict=True):
             await self._put_into_force(write, offset)
         for outcome in outcomes:
@@ -150,6 +156,12 @@ class ControlProcessor:
             self._state.put(write)
         log.info("command_accepted", command=command.id, kind=command.kind, actor=command.actor)
         return [*decision.writes, event], outcome if command.kind != AUDIT else None
+
+    async def _ensure_answers(self, app: str) -> None:
+        if app not in self._answered:
+            if await ensure(self._settings, answers_of(app)):
+                log.info("answers_topic_made", app=app)
+            self._answered.add(app)
 
     async def _put_into_force(self, write: Write, offset: int) -> None:
         """Apply a durable record to Redis, for as long as that takes."""

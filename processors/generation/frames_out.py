@@ -10,7 +10,7 @@ from aiokafka.structs import RecordMetadata
 
 from headrace import metrics
 from topics import frames
-from topics.catalogue import REPLIES
+from topics.catalogue import frames_at
 from topics.clients import Producer
 
 log = structlog.get_logger(__name__)
@@ -69,10 +69,11 @@ class FrameWriter:
             self._last[partition] = self._loop.create_task(self._write(partition, deltas, before))
 
     async def _write(self, partition: int, deltas: list[frames.Delta], before: asyncio.Task[None] | None) -> None:
+        topic, number = frames_at(partition)
         try:
             async with self._posting:  # fair, so records are posted in the order in which they were flushed
                 sent: asyncio.Future[RecordMetadata] = await self._producer.post(
-                    REPLIES.name, frames.encode(deltas), partition=partition
+                    topic.name, frames.encode(deltas), partition=number
                 )
             metrics.FRAMES.inc()
             await sent

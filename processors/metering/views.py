@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 
-import msgspec
-from aiokafka import TopicPartition
-
 from headrace.settings import Settings
-from topics import request_log
-from topics.catalogue import LOG
-from topics.clients import LogReader
+from topics import log_memory
+from topics.log_memory import LONGEST_REQUEST_MS
 from topics.request_log import LogView
 
-LONGEST_REQUEST_MS = 30 * 60_000
-"""What the log said of a request longer ago than this cannot concern a terminal that comes now."""
+__all__ = ["LONGEST_REQUEST_MS", "Forgetful", "warm"]
 
 
 async def warm(settings: Settings, partition: int, upto: int, since_ms: int) -> LogView:
     """The view of one partition at offset `upto`, made of its records of `since_ms` (Unix ms) or later."""
-    view = LogView()
-    tp = TopicPartition(LOG.name, partition)
-    async with LogReader(settings.kafka, "metering-warm-up") as reader:
-        reader.assign([LOG], [partition])
-        await reader.seek_to_time([tp], since_ms)
-        if await reader.consumer.position(tp) < upto:
-            async for record in reader.read_to_end([tp]):
-                if record.offset >= upto:
-                    break
-                with contextlib.suppress(msgspec.MsgspecError):  # buried when it was met first
-                    view.apply(request_log.decode(record.value or b""))
-    return view
+    return await log_memory.warm(settings.kafka, "metering-warm-up", partition, upto, since_ms)
 
 
 class Forgetful:

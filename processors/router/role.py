@@ -7,29 +7,36 @@ from collections.abc import Awaitable
 
 import msgspec
 import structlog
+from aiokafka.errors import KafkaError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from headrace import metrics
 from headrace.access import USER_PREFIX, as_key
 from headrace.choice import Choice
 from headrace.errors import DeadlineExceeded, HeadraceError, Unavailable
 from headrace.limits.limiter import Limiter
 from headrace.pools import Pools
 from headrace.projection import text
+from headrace.published_answers import Answer, refusal
 from headrace.redis_client import connect
 from headrace.registry import Registry, Snapshot
+from headrace.senders import Sent, sender
 from headrace.settings import Settings
 from processors.router.admission import RouterAdmission
-from processors.router.route import Request, Unreadable, decode, refused, route, routed, unreadable_terminal
+from processors.router.admit import CLAIM_MS, SKEW_MS, check_model, key_of, not_acceptable, read_published
+from processors.router.route import Request, Unreadable, decode, refused, route, routed, streams, unreadable_terminal
 from schemas.control import Key, Model
-from schemas.events import Stage, Status, Terminal
+from schemas.events import BodyRef, Cancellation, Stage, Status, Terminal
 from schemas.ids import is_idempotent
 from topics import frames
 from topics.agents import AgentRole, Message
-from topics.catalogue import DAY_MS, REPLIES, REQUESTS, ROUTED
+from topics.answers import AnswerWriter
+from topics.apply import ApplyError
+from topics.catalogue import CANCELLATIONS, DAY_MS, REPLIES, REQUESTS, ROUTED, frames_at
 from topics.clients import Producer
-from topics.dead_letters import bury
-from topics.envelope import Envelope
+from topics.dead_letters import NOT_ACCEPTED, bury
+from topics.envelope import Envelope, EnvelopeError, Published
 from topics.outcomes import Outcomes, now_ms
 
 log = structlog.get_logger(__name__)
@@ -42,19 +49,21 @@ class Router:
 
     def __init__(
         self,
+        settings: Settings,
         producer: Producer,
         registry: Registry,
         pools: Pools,
         redis: Redis,
         admission: RouterAdmission,
-        instance: str,
     ) -> None:
         self._producer = producer
+        self._seals = settings.seals
+        self._answers = AnswerWriter(settings, producer)
         self._registry = registry
         self._pools = pools
         self._redis = redis
         self._admission = admission
-        self._outcomes = Outcomes(producer, "router", instance)
+        self._outcomes = Outcomes(producer, "router", settings.instance)
 
     async def handle(self, batch: list[Message]) -> None:
         """Route a batch; returns when all its outputs are durable."""
@@ -75,12 +84,15 @@ class Router:
 
     async def _one(self, message: Message, snapshot: Snapshot) -> list[Awaitable[object]]:
         try:
+            sent = sender(message, self._seals, snapshot.apps)
+        except EnvelopeError as error:
+            metrics.NOT_AUTHENTIC.inc()
+            return [bury(self._producer, message, reason=f"{NOT_ACCEPTED}{error}", role="router")]
+        if sent.published is not None:
+            return await self._published(message, sent, sent.published, snapshot)
+        try:
             request = decode(
-                message.value,
-                message.headers,
-                partition=message.partition,
-                offset=message.offset,
-                accepted_ms=message.timestamp,
+                sent, message.value, partition=message.partition, offset=message.offset, accepted_ms=message.timestamp
             )
         except Unreadable as bad:
             waits: list[Awaitable[object]] = [bury(self._producer, message, reason=bad.reason, role="router")]
@@ -89,6 +101,10 @@ class Router:
                 waits.append(self._outcomes.end(terminal))
             return waits
         key = await self._key(request.envelope)
+        return await self._choose(request, key, snapshot)
+
+    async def _choose(self, request: Request, key: Key | None, snapshot: Snapshot) -> list[Awaitable[object]]:
+        """Choose a request's model, admit it on that, and hand it on; or refuse it."""
         if request.may_lead_elsewhere(snapshot):
             await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
         at = now_ms()
@@ -105,6 +121,97 @@ class Router:
         except HeadraceError as error:
             return [self._outcomes.end(refused(request, now_ms(), error))]
         return await self._forward(request, chosen, admitted.model, at, admitted.cap)
+
+    # --- direct publishers ------------------------------------------------------------------------------------
+
+    async def _published(
+        self, message: Message, sent: Sent, published: Published, snapshot: Snapshot
+    ) -> list[Awaitable[object]]:
+        """A message of a direct publisher: checked here as an ingress checks a request over HTTP."""
+        envelope, at = sent.envelope, now_ms()
+        if published.cancels:
+            return [self._cancel(message, sent, at)]
+        if (error := not_acceptable(sent, message.timestamp)) is not None:
+            metrics.PUBLISHED.labels(outcome="not_acceptable").inc()
+            reason = f"{NOT_ACCEPTED}{error.message}"
+            return [
+                bury(self._producer, message, reason=reason, role="router"),
+                self._tell(envelope.tenant, refusal(envelope.request_id, error.info(), at)),
+            ]
+        if not await self._claim(message, envelope):
+            metrics.PUBLISHED.labels(outcome="duplicate").inc()
+            metrics.DUPLICATES.inc()
+            detail: dict[str, str | int | float | bool] = {"live": False, "source": envelope.source}
+            self._outcomes.event(envelope.request_id, envelope.tenant, Stage.DUPLICATE, detail=detail)
+            return []
+        ref = BodyRef(message.partition, message.offset)
+        request = read_published(sent, published, message.value, ref, message.timestamp, at)
+        if isinstance(request, Terminal):
+            return self._refuse(request)
+        detail = {"alias": request.asked.model, "stream": streams(request), "bytes": len(request.value)}
+        detail |= {"key_id": envelope.key_id, "publisher": published.publisher}
+        self._outcomes.event(
+            envelope.request_id, envelope.tenant, Stage.ACCEPTED, at_ms=request.accepted_ms, detail=detail
+        )
+        refused = await self._admit(request, published, snapshot)
+        if isinstance(refused, Terminal):
+            return self._refuse(refused)
+        metrics.PUBLISHED.labels(outcome="accepted").inc()
+        return await self._choose(request, refused, snapshot)
+
+    async def _tell(self, app: str, answer: Answer) -> None:
+        """Answer a message that made no request. Best effort: nothing was accepted."""
+        try:
+            await (await self._answers.post(app, *answer))
+        except (ApplyError, KafkaError) as error:
+            log.error("refusal_not_told", request_id=answer.request_id, app=app, error=repr(error))
+
+    def _refuse(self, terminal: Terminal) -> list[Awaitable[object]]:
+        metrics.PUBLISHED.labels(outcome="refused").inc()
+        return [self._outcomes.end(terminal)]
+
+    async def _admit(self, request: Request, published: Published, snapshot: Snapshot) -> Key | Terminal:
+        """The key whose rights and limits a publisher's request has, or its refusal; limits are asked in `_choose`."""
+        named = msgspec.structs.replace(request.envelope, key_id=published.api_key_id)
+        found = (
+            await self._key(named)
+            if published.api_key_id and not published.api_key_id.startswith(USER_PREFIX)
+            else None
+        )
+        try:
+            key = key_of(published, found, snapshot, now_ms() / 1000)
+        except HeadraceError as error:
+            return refused(request, now_ms(), error)
+        await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
+        standing_of = self._pools.standing((request.patient_ms - now_ms()) / 1000)
+        return check_model(request, key, snapshot, standing_of, now_ms()) or key
+
+    async def _claim(self, message: Message, envelope: Envelope) -> bool:
+        """Whether this record is the first with its id. The scheduler tells a duplicate too, of what reached it."""
+        place = f"{message.partition}:{message.offset}"
+        name = f"hr:published:{envelope.request_id}"
+        while True:
+            try:
+                before = await self._redis.set(name, place, nx=True, get=True, px=CLAIM_MS)
+                return not isinstance(before, bytes | str) or text(before) == place
+            except (RedisError, OSError) as error:
+                log.warning("id_not_claimed", request_id=envelope.request_id, error=repr(error))
+                await asyncio.sleep(RETRY_S)
+
+    async def _cancel(self, message: Message, sent: Sent, at_ms: int) -> None:
+        """Pass a publisher's wish on to the schedulers, who compare its tenant with the request's."""
+        envelope = sent.envelope
+        if sent.refusal or abs(message.timestamp - envelope.time_ms) > SKEW_MS:
+            reason = sent.refusal or f"ce_time is more than {SKEW_MS // 1000} s from the brokers'"
+            await bury(self._producer, message, reason=f"{NOT_ACCEPTED}{reason}", role="router")
+            return
+        metrics.PUBLISHED.labels(outcome="cancel").inc()
+        wish = Cancellation(
+            envelope.request_id, envelope.tenant, "The publisher asked for it.", at_ms, by=envelope.source
+        )
+        await self._producer.send(CANCELLATIONS.name, msgspec.json.encode(wish), key=envelope.request_id)
+
+    # --- what both need ---------------------------------------------------------------------------------------
 
     async def _key(self, envelope: Envelope) -> Key | None:
         """Under which key a request was sent; None where that is not known."""
@@ -143,7 +250,15 @@ class Router:
         record = routed(request, model, at_ms, cap)
         waits: list[Awaitable[object]] = []
         elsewhere = record.alias not in (model.id, *model.aliases)
-        if elsewhere:
+        if request.published is not None:
+            if record.stream:
+                # Durable before anybody can write a frame: who reads them learns first whom they are for.
+                opened = frames.Opened(record.tenant, record.accepted_ms, model.id)
+                data = msgspec.json.encode(opened).decode()
+                told = frames.Delta(bytes.fromhex(record.request_id), 0, 0, frames.Kind.OPENED, 0, data)
+                topic, partition = frames_at(record.reply_partition)
+                await self._producer.send(topic.name, frames.encode([told]), partition=partition)
+        elif elsewhere:
             told = frames.Delta(bytes.fromhex(record.request_id), 0, 0, frames.Kind.MODEL, 0, model.id)
             waits.append(
                 await self._producer.post(REPLIES.name, frames.encode([told]), partition=record.reply_partition)
@@ -174,7 +289,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         await registry.start()
         limiter = Limiter(client, allow_on_outage=settings.limits_on_outage == "allow")
         admission = RouterAdmission(limiter, settings.limits_default_output)
-        router = Router(producer, registry, pools, client, admission, settings.instance)
+        router = Router(settings, producer, registry, pools, client, admission)
         agent = AgentRole(settings, "router", REQUESTS, router.handle)
         listening = asyncio.create_task(pools.run())
         listening.add_done_callback(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -12,18 +12,20 @@ from headrace.asked import Asked, needs, read
 from headrace.choice import Choice, Standing, choose, may_lead_elsewhere
 from headrace.errors import DeadlineExceeded, HeadraceError, InvalidRequest
 from headrace.registry import Snapshot
+from headrace.senders import Sent
 from processors.router.continuable import choices, continuable
 from schemas.control import Key, Model
 from schemas.events import INLINE_BODY_BYTES, NOTHING, BodyRef, Routed, Status, Terminal, Timings
+from schemas.openai import ChatCompletionRequest
 from topics.catalogue import REPLIES
-from topics.envelope import Envelope, EnvelopeError, parse
+from topics.envelope import Envelope, Published
 
 MAX_AGE_MS = 600_000
 """A request that waited longer than this at the broker is refused as `expired`: nobody waits for it any more."""
 
 
 class Unreadable(Exception):
-    """The record is no request that we could answer: its envelope or body cannot be decoded."""
+    """The record is no request that we could answer: its sender is not known, or its body cannot be decoded."""
 
     def __init__(self, reason: str, envelope: Envelope | None = None) -> None:
         super().__init__(reason)
@@ -39,6 +41,10 @@ class Request(NamedTuple):
     value: bytes
     ref: BodyRef
     accepted_ms: int
+    published: Published | None = None
+    """What its sender said, where that is a direct publisher; None where an ingress has admitted it."""
+    body: ChatCompletionRequest | None = None
+    """The whole body, where no ingress has checked it."""
 
     @property
     def deadline_ms(self) -> int:
@@ -60,14 +66,9 @@ class Request(NamedTuple):
         return may_lead_elsewhere(snapshot, self.asked.model)
 
 
-def decode(
-    value: bytes | None, headers: Sequence[tuple[str, bytes]], *, partition: int, offset: int, accepted_ms: int
-) -> Request:
-    """Read one record of `inference.requests`. Raises `Unreadable`."""
-    try:
-        envelope = parse(headers)
-    except EnvelopeError as error:
-        raise Unreadable(str(error)) from None
+def decode(sent: Sent, value: bytes | None, *, partition: int, offset: int, accepted_ms: int) -> Request:
+    """Read the request of an ingress. Raises `Unreadable`."""
+    envelope = sent.envelope
     if not 0 <= envelope.reply_partition < REPLIES.partitions:
         raise Unreadable(f"hr-reply-partition {envelope.reply_partition} is not below {REPLIES.partitions}")
     try:
@@ -122,7 +123,7 @@ def routed(request: Request, model: Model, now_ms: int, cap: int | None = None) 
         reply_partition=envelope.reply_partition,
         ref=request.ref,
         body=msgspec.Raw(request.value) if len(request.value) <= INLINE_BODY_BYTES else NOTHING,
-        stream=bool(asked.stream),
+        stream=streams(request),
         prompt_tokens_estimate=asked.prompt_tokens,
         max_tokens=asked.limit or cap or model.default_max_tokens,
         priority=envelope.priority,
@@ -140,12 +141,17 @@ def routed(request: Request, model: Model, now_ms: int, cap: int | None = None) 
     )
 
 
+def streams(request: Request) -> bool:
+    """Whether its answer is told piece by piece."""
+    return bool(request.asked.stream) or request.envelope.stream
+
+
 def refused(request: Request, now_ms: int, error: HeadraceError, *, status: Status = Status.REJECTED) -> Terminal:
     """The terminal of a request that was read and goes no further."""
     asked = request.asked
     return refusal(
         request.envelope, request.accepted_ms, now_ms, error,
-        status=status, alias=asked.model, stream=bool(asked.stream),
+        status=status, alias=asked.model, stream=streams(request),
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ class Restored:
 class CancelAsked:
     request_id: str
     reason: str
+    tenant: str
+    """Whose wish it is: it ends no request of another tenant."""
 
 
 @dataclass(frozen=True, slots=True)

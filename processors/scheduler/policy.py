@@ -71,8 +71,8 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return _arrived(pool, request, now_ms)
         case Restored(running):
             return _restored(pool, running)
-        case CancelAsked(request_id, reason):
-            return _cancel(pool, request_id, reason, now_ms)
+        case CancelAsked():
+            return _cancel(pool, event, now_ms)
         case Finished():
             return _finished(pool, event, now_ms)
         case AttemptReady():
@@ -114,11 +114,15 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
 
 
 def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
-    early = pool.early_cancels.pop(request.id, None)
+    early = pool.early_cancels.pop((request.tenant, request.id), None)
     if (stray := pool.strays.pop((request.id, request.attempt), None)) is not None:
         shown = any(request.id in lease.strays for lease in _leases_at(pool, stray))
         adopted = _run_on(pool, request, stray, now_ms, shown=shown)
-        return adopted if early is None else adopted + _cancel(pool, request.id, early[1], now_ms)
+        return (
+            adopted
+            if early is None
+            else adopted + _cancel(pool, CancelAsked(request.id, early[1], request.tenant), now_ms)
+        )
     if early is not None:
         return [End(request, Status.CANCELLED, "cancelled", early[1])]
     if now_ms > request.late_ms:
@@ -188,15 +192,19 @@ def _restored(pool: Pool, running: Running) -> list[Action]:
     return []
 
 
-def _cancel(pool: Pool, request_id: str, reason: str, now_ms: int) -> list[Action]:
+def _cancel(pool: Pool, wish: CancelAsked, now_ms: int) -> list[Action]:
+    running = pool.running.get(wish.request_id) or pool.recovering.get(wish.request_id)
+    if running is not None:
+        own = running.request.tenant == wish.tenant
+        return _cancel_running(running, wish.reason, Status.CANCELLED) if own else []
     for queue in pool.queues.values():
-        if (request := queue.remove(request_id)) is not None:
-            return [End(request, Status.CANCELLED, "cancelled", reason)]
-    running = pool.running.get(request_id) or pool.recovering.get(request_id)
-    if running is None:
-        pool.early_cancels[request_id] = (now_ms, reason)
-        return []
-    return _cancel_running(running, reason, Status.CANCELLED)
+        if (request := queue.get(wish.request_id)) is not None:
+            if request.tenant != wish.tenant:
+                return []
+            queue.remove(wish.request_id)
+            return [End(request, Status.CANCELLED, "cancelled", wish.reason)]
+    pool.early_cancels[wish.tenant, wish.request_id] = (now_ms, wish.reason)
+    return []
 
 
 def _cancel_running(running: Running, reason: str, status: Status) -> list[Action]:
@@ -561,9 +569,9 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
     for running in pool.running.values():
         if now_ms > running.request.deadline_ms:
             actions += _cancel_running(running, "The deadline passed.", Status.EXPIRED)
-    for request_id, (since, _) in list(pool.early_cancels.items()):
+    for wish, (since, _) in list(pool.early_cancels.items()):
         if now_ms - since > EARLY_CANCEL_MS:
-            del pool.early_cancels[request_id]
+            del pool.early_cancels[wish]
     if now_ms - pool.taken_ms > STRAYS_MS:
         _forget_strays(pool)
     return actions + _hear(pool) + _serve(pool, now_ms)

@@ -20,7 +20,7 @@ from processors.scheduler.terminals import terminal_of
 from schemas.control import Provider
 from schemas.events import AttemptOpened, ErrorInfo, Routed, Stage, Status
 from topics import frames, request_log
-from topics.catalogue import LOG, REPLIES
+from topics.catalogue import LOG, frames_at
 from topics.clients import Producer
 from topics.cluster import Cluster
 from topics.outcomes import Outcomes, now_ms
@@ -125,7 +125,8 @@ class Recovery:
         for routed, attempt in requests:
             fence = frames.Delta(bytes.fromhex(routed.request_id), attempt, 0, frames.Kind.FENCE, 0, "")
             record = frames.encode([fence])
-            waits.append(await self._producer.post(REPLIES.name, record, partition=routed.reply_partition))
+            topic, partition = frames_at(routed.reply_partition)
+            waits.append(await self._producer.post(topic.name, record, partition=partition))
         written = await asyncio.gather(*waits)
         return {routed.request_id: at.offset for (routed, _), at in zip(requests, written, strict=True)}
 
@@ -134,7 +135,8 @@ class Recovery:
         if capped(routed, sent):
             rid = bytes.fromhex(routed.request_id)
             finish = frames.Delta(rid, attempt, sent.last_seq + 1, frames.Kind.FINISH, 0, "length")
-            await self._producer.send(REPLIES.name, frames.encode([finish]), partition=routed.reply_partition)
+            topic, partition = frames_at(routed.reply_partition)
+            await self._producer.send(topic.name, frames.encode([finish]), partition=partition)
             sent.add(finish, now_ms())
         await self._end(action, routed, attempt, Status.COMPLETED, None, sent)
 

@@ -36,7 +36,7 @@ from schemas.events import Cancellation, PoolCommand, Routed, Stage, WorkerStatu
 from schemas.ids import is_idempotent
 from topics import frames
 from topics.agents import AgentRole, Message
-from topics.catalogue import REPLIES, ROUTED
+from topics.catalogue import ROUTED, frames_at
 from topics.clients import LogReader, Producer
 from topics.dead_letters import bury
 from topics.outcomes import Outcomes, now_ms
@@ -137,7 +137,8 @@ class Scheduler:
         delta = frames.Delta(
             bytes.fromhex(routed.request_id), 0, 0, frames.Kind.MOVED, 0, msgspec.json.encode(moved).decode()
         )
-        await self._producer.send(REPLIES.name, frames.encode([delta]), partition=routed.reply_partition)
+        topic, partition = frames_at(routed.reply_partition)
+        await self._producer.send(topic.name, frames.encode([delta]), partition=partition)
 
     # --- owning pools -----------------------------------------------------------------------------------------
 

@@ -131,14 +131,14 @@ class PoolRunner:
     async def cancel(self, wish: Cancellation) -> None:
         """Take a caller's wish to end a request, which need not have come yet; told if it has."""
         held = self.held.get(wish.request_id)
-        if held is not None:
+        if held is not None and held.routed.tenant == wish.tenant:
             running = self.state.running.get(wish.request_id) or self.state.recovering.get(wish.request_id)
             self._outcomes.event(
                 wish.request_id, held.routed.tenant, Stage.CANCEL_ASKED, at_ms=wish.at_ms,
                 attempt=running.request.attempt if running is not None else 1,
                 detail={"by": wish.by, "reason": wish.reason},
             )  # fmt: skip
-        await self.feed(messages.CancelAsked(wish.request_id, wish.reason))
+        await self.feed(messages.CancelAsked(wish.request_id, wish.reason, wish.tenant))
 
     async def finished(self, ended: Ended) -> bool:
         """The log holds a terminal: drop the request and tombstone its record. False when it is not this pool's."""

@@ -9,7 +9,7 @@ import structlog
 from aiokafka import TopicPartition
 
 from topics import frames
-from topics.catalogue import REPLIES
+from topics.catalogue import frames_at
 from topics.clients import LogReader
 from topics.cluster import Cluster
 from topics.fold import Fold
@@ -48,15 +48,16 @@ async def sent_frames(cluster: Cluster, partition: int, wanted: dict[str, int], 
     found = {bytes.fromhex(request_id): Sent() for request_id in wanted}
     views = {rid: frames.StreamView() for rid in found}
     fences = {bytes.fromhex(request_id): offset for request_id, offset in wanted.items()}
-    tp = TopicPartition(REPLIES.name, partition)
+    topic, number = frames_at(partition)
+    tp = TopicPartition(topic.name, number)
     async with LogReader(cluster, "scheduler-recovery") as reader:
-        reader.assign([REPLIES], [partition])
+        reader.assign([topic], [number])
         await reader.seek_to_time([tp], since_ms)
         async for record in reader.read_to_end([tp]):
             try:
                 deltas = frames.decode(record.value or b"")
             except msgspec.MsgspecError:
-                log.error("unreadable", topic=REPLIES.name, partition=partition, offset=record.offset)
+                log.error("unreadable", topic=topic.name, partition=number, offset=record.offset)
                 continue
             for delta in deltas:
                 view = views.get(delta.rid)

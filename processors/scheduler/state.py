@@ -237,8 +237,8 @@ class Pool:
     """Requests whose worker was lost and whose fate is being read from their frames."""
     deadlines: list[tuple[int, str, str]] = field(default_factory=list)
     """A heap of (deadline, request, model) of what waits or waited."""
-    early_cancels: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Cancellations that overtook their request: id -> (when, reason)."""
+    early_cancels: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
+    """Cancellations that overtook their request: (tenant, id) -> (when, reason)."""
     service_ms: dict[str, float] = field(default_factory=dict)
     """Moving mean of a request's time on a worker, by model; for estimates of waiting."""
     demand: dict[str, tuple[float, int]] = field(default_factory=dict)

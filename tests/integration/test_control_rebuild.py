@@ -19,6 +19,7 @@ from headrace.settings import Settings
 from processors.control.state import ControlState
 from processors.control.writer import TOPICS
 from tests.support.control import ADMIN, Role, app, until
+from tests.support.publishing import sealed
 from topics.catalogue import REQUESTS
 from topics.clients import Producer
 from topics.envelope import Envelope
@@ -71,7 +72,9 @@ async def test_a_rebuild_remembers_idempotent_requests_of_the_last_day(
     plain = msgspec.structs.replace(keyed, request_id=uuid.uuid4().hex, idempotency_key=None)
     async with Producer(infra.kafka, "test") as producer:
         for envelope in (keyed, plain):
-            await producer.send(REQUESTS.name, body, key=envelope.request_id, headers=envelope.headers())
+            await producer.send(
+                REQUESTS.name, body, key=envelope.request_id, headers=sealed(envelope, body, infra.seals)
+            )
         await producer.send(REQUESTS.name, b"no envelope")
     told: list[tuple[int, int]] = []
     assert (await rebuild(infra, progress=lambda done, total: told.append((done, total))))["idempotency"] >= 1
@@ -95,7 +98,9 @@ async def test_a_rebuild_gets_past_bodies_that_are_larger_than_a_fetch(
     sent = [first, *(msgspec.structs.replace(first, request_id=uuid.uuid4().hex) for _ in range(8))]
     async with Producer(infra.kafka, "test") as producer:
         for envelope in sent:
-            await producer.send(REQUESTS.name, body, key=envelope.request_id, headers=envelope.headers())
+            await producer.send(
+                REQUESTS.name, body, key=envelope.request_id, headers=sealed(envelope, body, infra.seals)
+            )
     await rebuild(infra)
     held = {key.decode().rpartition(":")[2] for key in await redis.keys(f"hr:idem:{tenant}:*")}
     assert held == {envelope.request_id for envelope in sent}

@@ -15,6 +15,7 @@ from headrace.letters import Letter
 from schemas.ids import new_request_id
 from tests.support.accounts import settled
 from tests.support.chat import Api, body, fresh
+from tests.support.publishing import sealed
 from tests.support.stacks import Stack
 from tests.support.waiting import until
 from topics.catalogue import CONTROL_COMMANDS, EVENTS, LOG, REPLIES, REQUESTS, ROUTED, USAGE, Topic, worker_commands
@@ -79,7 +80,9 @@ async def test_garbage_between_frames_harms_no_stream(stack: Stack, api: Api, pr
 async def test_a_request_whose_body_is_garbage_ends_as_rejected(stack: Stack, api: Api, producer: Producer) -> None:
     request_id = new_request_id()
     sent = envelope(request_id, GARBAGE)
-    at = await producer.send(REQUESTS.name, GARBAGE, key=request_id, headers=sent.headers())
+    at = await producer.send(
+        REQUESTS.name, GARBAGE, key=request_id, headers=sealed(sent, GARBAGE, stack.settings.seals)
+    )
     [letter] = await until(lambda: letters_of(stack, REQUESTS, at.partition, at.offset), "its letter", 20)
     assert letter.about.role == "router"
 
@@ -96,7 +99,7 @@ async def test_the_commands_list_show_and_replay(stack: Stack, api: Api, produce
     request_id, name = new_request_id(), uuid.uuid4().hex
     raw = json.dumps({"model": "bench", "messages": "not a list " + name, "n": []}).encode()[:-1]
     sent = envelope(request_id, raw)
-    at = await producer.send(REQUESTS.name, raw, key=request_id, headers=sent.headers())
+    at = await producer.send(REQUESTS.name, raw, key=request_id, headers=sealed(sent, raw, stack.settings.seals))
     [letter] = await until(lambda: letters_of(stack, REQUESTS, at.partition, at.offset), "its letter", 20)
 
     listed = json.loads(stack.run("dead-letters", "list", "--topic", REQUESTS.name, "--json").stdout)

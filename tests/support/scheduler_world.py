@@ -238,7 +238,8 @@ class World:
 
     def cancel(self, request_id: str) -> None:
         self.left.add(request_id)
-        self.tell(messages.CancelAsked(request_id, "left"))
+        asked = self.asked.get(request_id)
+        self.tell(messages.CancelAsked(request_id, "left", asked.tenant if asked is not None else "a"))
 
     def boot(self, name: str) -> None:
         self.excuses += 4 * len(MODELS)

@@ -8,10 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from headrace.chat_body import check_context, parse
 from headrace.errors import ContextLengthExceeded, HeadraceError, UnsupportedParameter
-from ingress.openai.body import check_context, parse
+from headrace.openai_objects import completion, error_object
 from ingress.openai.following import whole_deltas
-from ingress.openai.render import ChunkRenderer, completion, error_object
+from ingress.openai.render import ChunkRenderer
 from schemas.control import Model
 from schemas.events import ErrorInfo, Status, Terminal, Usage
 from topics.frames import Delta, Kind

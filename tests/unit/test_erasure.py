@@ -19,6 +19,7 @@ from processors.control.state import ControlState
 from schemas.control import App, ControlCommand, Erasure, Key, Record, Replay, User
 from schemas.events import DeadLetter, ErrorInfo, LifecycleEvent, Stage, Status, Terminal, Timings
 from schemas.ids import PublicId
+from tests.support.publishing import SEALS, sealed
 from tests.support.tables import NOW_MS, log_record
 from tests.support.tables import Record as Sent
 from topics.catalogue import DAY_MS, DEAD_LETTERS, LOG, MAX_BODY_BYTES
@@ -79,18 +80,26 @@ def sent_by(tenant: str = "acme") -> Envelope:
 
 
 def test_an_edited_request_is_sent_under_the_digest_of_its_new_body() -> None:
-    found = letters.resend(letter(b"{bad", sent_by().headers()), new_id="f" * 32, now_ms=NOW_MS, body=b"{}")
+    found = letters.resend(
+        letter(b"{bad", sealed(sent_by(), b"{bad")), new_id="f" * 32, now_ms=NOW_MS, seals=SEALS, body=b"{}"
+    )
     envelope = parse(found.headers)
     assert (found.value, envelope.digest) == (b"{}", hashlib.sha256(b"{}").hexdigest())
     assert (envelope.request_id, envelope.replay_of, envelope.idempotency_key) == ("f" * 32, ID, None)
-    same = letters.resend(letter(b"{bad", sent_by().headers()), new_id="f" * 32, now_ms=NOW_MS)
-    assert (same.value, parse(same.headers).digest) == (b"{bad", "0" * 64)
+    same = letters.resend(bad, new_id="f" * 32, now_ms=NOW_MS, seals=SEALS)
+    assert (same.value, parse(same.headers).digest) == (b"{bad", hashlib.sha256(b"{bad").hexdigest())
     with pytest.raises(CannotReplay, match="over"):
-        letters.resend(letter(b"", sent_by().headers()), new_id="f" * 32, now_ms=0, body=b"x" * (MAX_BODY_BYTES + 1))
+        letters.resend(
+            letter(b"", sealed(sent_by(), b"")),
+            new_id="f" * 32,
+            now_ms=0,
+            seals=SEALS,
+            body=b"x" * (MAX_BODY_BYTES + 1),
+        )
 
 
 def test_whose_a_letter_is_and_which_are_wanted() -> None:
-    assert letters.whose(letter(b"{bad", sent_by().headers())) == ("acme", ID, "key-1", NOW_MS)
+    assert letters.whose(letter(b"{bad", sealed(sent_by(), b"{bad"))) == ("acme", ID, "key-1", NOW_MS)
     raw = msgspec.json.encode({"tenant": "acme", "request_id": ID, "key_id": "k", "body": {}})
     assert letters.whose(letter(raw, source=LOG.name)) == ("acme", ID, "k", NOW_MS)
     assert not letters.whose(letter(b"\xff", source=LOG.name)).known
@@ -121,7 +130,7 @@ def test_an_erasure_is_kept_moves_on_and_is_never_taken_back() -> None:
     assert put(state, "erasures", "app/a", later) == [], "the first word counts"
     assert put(state, "erasures", "app/a", Erasure("app/a"), NOW_MS + 500) == [Erasure("app/a", NOW_MS + 500)]
     assert "not asked for" in str(put(state, "erasures", "app/a", done)), "what was done for the one before"
-    refused = decide(state, ControlCommand("c", "erasures", "app/a", None), now_ms=NOW_MS)
+    refused = decide(state, ControlCommand("c", "erasures", "app/a", None), now_ms=NOW_MS, seals=SEALS)
     assert isinstance(refused, Refused) and "cannot be taken back" in refused.reason
 
 

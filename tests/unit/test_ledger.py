@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from headrace.ledger import GRACE_MS, Tally, TenantBalance
 from schemas.events import AttemptOpened, Status, Terminal, UsageEvent
-from topics.envelope import Envelope
+from topics.envelope import CANCEL_TYPE, Envelope
 
 NOW = 1_800_000_000_000
 DEADLINE_S = 600.0
@@ -74,6 +74,21 @@ def test_every_kind_of_record_is_counted_once() -> None:
     assert (ledger.records, ledger.accepted, ledger.duplicates, ledger.unreadable) == (6, 4, 1, 1)
     assert ledger.terminal == {"completed": 1, "failed": 1}
     assert (ledger.in_flight, ledger.void_terminals, ledger.usage_rows) == (2, 2, 2)
+    assert ledger.problems() == []
+
+
+def test_what_nobody_proved_to_have_sent_is_no_request() -> None:
+    tally = Tally()
+    tally.request(0, 0, NOW, headers(rid(1)))
+    tally.request(0, 1, NOW, headers(rid(1)))
+    tally.request(0, 2, NOW, headers(rid(2)))
+    tally.request(0, 3, NOW, [("ce_id", rid(1).encode()), ("ce_type", CANCEL_TYPE.encode())])
+    tally.dead_letter(0, 1, accepted=False)
+    tally.dead_letter(0, 2, accepted=False)
+    tally.log(terminal(1))
+    tally.usage(usage(1))
+    ledger = tally.close(NOW + 10**9)
+    assert (ledger.records, ledger.accepted, ledger.duplicates, ledger.unreadable) == (3, 1, 1, 1)
     assert ledger.problems() == []
 
 

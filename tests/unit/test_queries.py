@@ -14,8 +14,10 @@ from clickhouse.migration import Migration, load
 from clickhouse.queries import QUERIES, BadParameter, named
 from headrace import sql
 from headrace.letters import CannotReplay, Letter, resend
+from headrace.senders import sender
 from headrace.settings import Settings
 from schemas.events import DeadLetter
+from tests.support.publishing import SEALS, sealed
 from topics.envelope import Envelope, parse
 
 
@@ -142,7 +144,10 @@ def letter(topic: str, headers: list[tuple[str, bytes]], key: bytes | None = b"k
 
 
 def test_a_replayed_request_has_a_new_id_and_names_the_old_one() -> None:
-    sent = resend(letter("inference.requests", ENVELOPE.headers()), new_id="b" * 32, now_ms=1_790_000_001_000)
+    sent = resend(
+        letter("inference.requests", sealed(ENVELOPE, b"body")), new_id="b" * 32, now_ms=1_790_000_001_000, seals=SEALS
+    )
+    assert sender(letter("inference.requests", sent.headers), SEALS, {}).envelope.request_id == "b" * 32
     again = parse(sent.headers)
     assert (again.request_id, again.replay_of, again.idempotency_key) == ("b" * 32, "a" * 32, None)
     assert (again.time_ms, again.tenant, again.digest) == (1_790_000_001_000, "t", "d")
@@ -152,15 +157,20 @@ def test_a_replayed_request_has_a_new_id_and_names_the_old_one() -> None:
 
 
 def test_other_messages_are_sent_as_they_were() -> None:
-    sent = resend(letter("usage.events", [("x", b"y")]), new_id="b" * 32, now_ms=0)
+    sent = resend(letter("usage.events", [("x", b"y")]), new_id="b" * 32, now_ms=0, seals=SEALS)
     assert (sent.topic, sent.key, sent.partition, sent.value) == ("usage.events", "key", 2, b"body")
     assert sent.headers == [("x", b"y"), ("hr-dl-times-seen", b"2")]
 
 
 @pytest.mark.parametrize(
     ("topic", "headers", "key"),
-    [("inference.requests", [], b"k"), ("usage.events", [], b"\xff"), ("dead.letters", [], b"k")],
+    [
+        ("inference.requests", [], b"k"),
+        ("inference.requests", ENVELOPE.headers(), b"k"),
+        ("usage.events", [], b"\xff"),
+        ("dead.letters", [], b"k"),
+    ],
 )
 def test_what_would_only_come_back_is_not_replayed(topic: str, headers: list[tuple[str, bytes]], key: bytes) -> None:
     with pytest.raises(CannotReplay, match="letter 5 cannot be replayed"):
-        resend(letter(topic, headers, key), new_id="b" * 32, now_ms=0)
+        resend(letter(topic, headers, key), new_id="b" * 32, now_ms=0, seals=SEALS)

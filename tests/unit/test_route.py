@@ -11,6 +11,7 @@ import pytest
 from headrace.choice import Choice, Standing
 from headrace.errors import Unavailable
 from headrace.registry import Snapshot, snapshot_of
+from headrace.senders import Sent
 from processors.router.route import MAX_AGE_MS, Request, Unreadable, decode, route, routed
 from schemas.control import App, Key, Model, Price
 from schemas.events import INLINE_BODY_BYTES, BodyRef, Status, Terminal
@@ -43,7 +44,7 @@ def request(
         deadline_s=60, priority=priority, start_within_s=start_within_s,
     )  # fmt: skip
     raw = json.dumps({"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}).encode()
-    return decode(raw, envelope.headers(), partition=4, offset=5, accepted_ms=accepted_ms)
+    return decode(Sent(envelope, None), raw, partition=4, offset=5, accepted_ms=accepted_ms)
 
 
 def decided(
@@ -129,10 +130,9 @@ def test_whether_the_key_must_be_known() -> None:
 def test_what_cannot_be_read_is_a_dead_letter_with_its_envelope_if_that_can() -> None:
     envelope = request().envelope
     with pytest.raises(Unreadable) as bad:
-        decode(b"{", envelope.headers(), partition=0, offset=0, accepted_ms=0)
+        decode(Sent(envelope, None), b"{", partition=0, offset=0, accepted_ms=0)
     assert bad.value.envelope == envelope
     elsewhere = msgspec.structs.replace(envelope, reply_partition=REPLIES.partitions)
-    for headers in ([], elsewhere.headers()):
-        with pytest.raises(Unreadable) as bad:
-            decode(request().value, headers, partition=0, offset=0, accepted_ms=0)
-        assert bad.value.envelope is None
+    with pytest.raises(Unreadable) as bad:
+        decode(Sent(elsewhere, None), request().value, partition=0, offset=0, accepted_ms=0)
+    assert bad.value.envelope is None

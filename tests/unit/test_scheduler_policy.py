@@ -148,8 +148,21 @@ def test_nothing_is_given_to_a_worker_that_does_not_show_our_term() -> None:
 
 def test_a_cancellation_that_overtakes_its_request_ends_it() -> None:
     pool = ready({"one": Model("one", "p", "t")})
-    assert step(pool, messages.CancelAsked("r", "left"), 0) == []
+    assert step(pool, messages.CancelAsked("r", "left", "t"), 0) == []
     [end] = step(pool, messages.Arrived(Request("r", "t", "one", 0, 9_999)), 1)
+    assert isinstance(end, messages.End) and end.status is Status.CANCELLED
+
+
+def test_a_cancellation_ends_no_request_of_another_tenant() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    assert step(pool, messages.CancelAsked("early", "left", "other"), 0) == []
+    for request_id in ("early", "queued"):
+        step(pool, messages.Arrived(Request(request_id, "t", "one", 0, 9_999)), 1)
+    assert "early" in pool.running and "queued" in pool.queue("one")
+    for request_id in ("early", "queued"):
+        assert step(pool, messages.CancelAsked(request_id, "left", "other"), 2) == []
+    assert "queued" in pool.queue("one") and not pool.running["early"].cancel_asked
+    [end] = step(pool, messages.CancelAsked("queued", "left", "t"), 3)
     assert isinstance(end, messages.End) and end.status is Status.CANCELLED
 
 

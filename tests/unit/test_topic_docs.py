@@ -17,6 +17,7 @@ from topics.catalogue import CATALOGUE, REQUESTS, ROUTED
 from topics.compatibility import incompatibilities
 from topics.envelope import Envelope
 from topics.json_schemas import topic_schema
+from topics.signing import SEAL, SIGNATURE
 
 
 def resolve(document: dict[str, Any], reference: str) -> Any:
@@ -43,7 +44,7 @@ def test_asyncapi_has_every_topic_and_all_its_references_lead_somewhere() -> Non
     assert document["asyncapi"] == "3.0.0"
     assert {"title", "version"} <= document["info"].keys()
     addresses = {channel["address"] for channel in document["channels"].values()}
-    assert addresses == {topic.name for topic in CATALOGUE} | {"worker.{worker}.commands"}
+    assert addresses == {topic.name for topic in CATALOGUE} | {"worker.{worker}.commands", "replies.{app}"}
     for reference in references(document):
         resolve(document, reference)
     for operation in document["operations"].values():
@@ -52,7 +53,7 @@ def test_asyncapi_has_every_topic_and_all_its_references_lead_somewhere() -> Non
         assert all(message["$ref"].startswith(f"{channel}/messages/") for message in operation["messages"])
     for channel in document["channels"].values():
         named = set(channel.get("parameters", {}))
-        assert named == ({"worker"} if "{worker}" in channel["address"] else set())
+        assert named == {name for name in ("worker", "app") if f"{{{name}}}" in channel["address"]}
 
 
 def test_a_channel_says_how_its_topic_is_kept() -> None:
@@ -65,7 +66,7 @@ def test_a_channel_says_how_its_topic_is_kept() -> None:
 def test_every_header_of_the_envelope_is_documented_and_no_other() -> None:
     message = docs.asyncapi()["components"]["messages"][REQUESTS.name]
     envelope = Envelope("0" * 32, "/s", 0, "t", "k", 0, "d", 1.0, 5, "batch", "idem", "tp", "other", 0.5, "user")
-    written = {name for name, _ in envelope.headers()}
+    written = {name for name, _ in envelope.headers()} | {SEAL, SIGNATURE}
     assert set(message["headers"]["properties"]) == written
 
 
