@@ -11,9 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from headrace.commands.failures import plain_failures, stop
+from headrace.control_client import control_client
+from headrace.errors import HeadraceError
 from headrace.local import resolve
 from headrace.settings import Settings
 from topics import docs as topic_docs
+from topics.access import MECHANISM, Access, access_of, commands
+from topics.access_apply import apply_access, new_password
 from topics.apply import Actual, ApplyError, actual_topics, apply_all, catalogue_for
 from topics.catalogue import DAY_MS, HOUR_MS, Topic
 from topics.clients import admin_client
@@ -30,6 +34,7 @@ def register(app: typer.Typer) -> None:
     group.command()(apply)
     group.command("list")(show)
     group.command()(docs)
+    group.command()(acls)
     app.add_typer(group, name="topics")
 
 
@@ -82,6 +87,51 @@ def _retention(topic: Topic) -> str:
         return "for ever"
     days, rest = divmod(topic.retention_ms, DAY_MS)
     return f"{days} d" if rest == 0 else f"{topic.retention_ms // HOUR_MS} h"
+
+
+def acls(
+    app: Annotated[list[str] | None, typer.Argument(metavar="APP", help="Default: all apps with publishers.")] = None,
+    apply_: Annotated[bool, typer.Option("--apply", help="Set them on the brokers, in place of showing how.")] = False,
+    new_passwords: Annotated[
+        bool,
+        typer.Option("--new-passwords", help="With --apply: give each user a new password, shown this once."),
+    ] = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Users, access control lists and quotas of apps' publishers: by commands of Kafka's own tools, or set at once."""
+    if new_passwords and not apply_:
+        raise stop("--new-passwords goes with --apply")
+    with plain_failures(ApplyError, HeadraceError):
+        conf = resolve(data_dir)
+        wanted = asyncio.run(_accesses(conf, app))
+        if not apply_:
+            for access in wanted:
+                typer.echo(f"# {access.app}: {access.user}")
+                for line in commands(access, conf.kafka_bootstrap):
+                    typer.echo(line)
+            return
+        for line in asyncio.run(_set(conf, wanted, new_passwords)):
+            typer.echo(line)
+
+
+async def _accesses(conf: Settings, named: list[str] | None) -> list[Access]:
+    async with control_client(conf, timeout=10.0) as client:
+        apps = (await client.read()).apps
+    unknown = [name for name in named or () if name not in apps]
+    if unknown:
+        raise stop(f"there is no app {unknown[0]!r}; `headrace apps list` shows them")
+    return [access_of(apps[name]) for name in named or [name for name, app in apps.items() if app.publishers]]
+
+
+async def _set(conf: Settings, wanted: list[Access], new_passwords: bool) -> list[str]:
+    done = []
+    async with admin_client(conf.kafka, "topics-acls") as admin:
+        for access in wanted:
+            await apply_access(admin, access)
+            done.append(f"{access.app}: {access.user} " + ("may publish" if access.given else "may do nothing"))
+            if new_passwords and access.given:
+                done.append(f"password of {access.user} ({MECHANISM}): {await new_password(admin, access)}")
+    return done
 
 
 def docs(

@@ -12,18 +12,40 @@ from pathlib import Path
 
 import pytest
 import trustme
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import (
+    GroupAuthorizationFailedError,
+    TopicAuthorizationFailedError,
+    TransactionalIdAuthorizationFailed,
+)
 
+from headrace.settings import Settings
 from processors.control.state import Write
 from processors.control.writer import TOPICS, Writer
+from schemas.control import App
 from tests.support.secure_kafka import PASSWORD, SecureKafka, secure_kafka
 from tests.support.stacks import HEADRACE
+from tests.support.waiting import until
+from topics.access import access_of, group_prefix
+from topics.access_apply import apply_access, new_password
 from topics.agents import AgentRole, Message
-from topics.apply import apply_all
-from topics.catalogue import DEAD_LETTERS, REQUESTS
+from topics.apply import apply_all, ensure
+from topics.catalogue import (
+    CANCELLATIONS,
+    CATALOGUE,
+    CONTROL_COMMANDS,
+    DEAD_LETTERS,
+    LOG,
+    PUBLISHED,
+    REQUESTS,
+    USAGE,
+    answers_of,
+)
 from topics.clients import LogReader, Producer, admin_client
 from topics.cluster import AccessRefused
 from topics.ready import wait_for_topics
 
+SECRET = "what ingresses and routers of the tests share"
 PROTOCOLS = ("SASL_PLAINTEXT", "SASL_SSL", "SSL")
 
 
@@ -133,12 +155,124 @@ def test_a_role_that_is_not_let_in_ends_and_says_why(
     broker: SecureKafka, tmp_path: Path, changes: dict[str, str], code: int, says: str
 ) -> None:
     env = broker.environment("SASL_SSL", **changes) | {"HEADRACE_DATA_DIR": str(tmp_path)}
+    env |= {"HEADRACE_INGRESS_SECRET": SECRET}
     ran = subprocess.run(
         [HEADRACE, "run", "router"], env={**os.environ, **env}, capture_output=True, text=True, timeout=30, check=False
     )
     said = ran.stdout + ran.stderr
     assert (ran.returncode, says in said) == (code, True), said
     assert PASSWORD not in said and "wrong-pass-word" not in said
+
+
+def test_a_role_without_the_secret_of_ingresses_ends_and_says_so(broker: SecureKafka, tmp_path: Path) -> None:
+    for secret in ("", "too short"):
+        env = broker.environment("SASL_SSL") | {"HEADRACE_DATA_DIR": str(tmp_path), "HEADRACE_INGRESS_SECRET": secret}
+        ran = subprocess.run(
+            [HEADRACE, "run", "router"], env={**os.environ, **env}, capture_output=True, text=True, timeout=30,
+            check=False,
+        )  # fmt: skip
+        assert (ran.returncode, "Set HEADRACE_INGRESS_SECRET" in ran.stdout) == (2, True), ran.stdout + ran.stderr
+        assert "too short" not in ran.stdout + ran.stderr
+
+
+@pytest.fixture(scope="module")
+def shop(broker: SecureKafka) -> Settings:
+    """The settings of an app's publishers, to whom `topics acls --apply` gave what they may do."""
+    conf = broker.settings("SASL_SSL")
+    apps = [App(name, name, publishers={"p": "k"}, producer_byte_rate=rate) for name, rate in RATES.items()]
+
+    async def set_up() -> str:
+        async with admin_client(conf.kafka, "test") as admin:
+            for app in apps:
+                await ensure(conf, answers_of(app.id))
+                await apply_access(admin, access_of(app))
+            return await new_password(admin, access_of(apps[0]))
+
+    password = asyncio.run(set_up())
+    return broker.settings("SASL_SSL", sasl_username=access_of(apps[0]).user, sasl_password=password)
+
+
+RATES = {"shop": 100_000, "rival": None}
+
+
+async def test_a_publisher_may_write_requests_and_read_its_answers(broker: SecureKafka, shop: Settings) -> None:
+    value, theirs = uuid.uuid4().bytes, answers_of("shop")
+    async with Producer(broker.settings("SASL_SSL").kafka, "test") as roles:
+        await roles.send(theirs.name, value, key="k")
+    async with asyncio.timeout(20), Producer(shop.kafka, "test") as producer:
+        await producer.send(REQUESTS.name, value, key="k")
+    async with asyncio.timeout(20), LogReader(shop.kafka, "test") as reader:
+        assignment = reader.assign([theirs])
+        await reader.consumer.seek_to_beginning(*assignment)
+        assert value in [record.value async for record in reader.read_to_end(assignment)]
+    consumer = AIOKafkaConsumer(
+        theirs.name, **shop.kafka.options(), group_id=f"{group_prefix('shop')}1", auto_offset_reset="earliest"
+    )
+    async with asyncio.timeout(30):
+        await consumer.start()
+        try:
+            assert (await consumer.getone()).value is not None
+            await consumer.commit()
+        finally:
+            await consumer.stop()
+
+
+async def test_a_publisher_may_do_nothing_else(shop: Settings) -> None:
+    refused = (TopicAuthorizationFailedError, GroupAuthorizationFailedError, TransactionalIdAuthorizationFailed)
+    others = [answers_of("rival"), answers_of("shop"), LOG, USAGE, CANCELLATIONS, DEAD_LETTERS, CONTROL_COMMANDS]
+    for topic in (topic for topic in CATALOGUE if topic is not REQUESTS):
+        others += [topic] if topic not in others else []
+    async with Producer(shop.kafka, "test", request_timeout_s=5) as producer:
+        for topic in others:
+            with pytest.raises(refused):
+                async with asyncio.timeout(20):
+                    await producer.send(topic.name, b"x", partition=0)
+    for topic in (REQUESTS, answers_of("rival"), LOG, PUBLISHED):
+        consumer = AIOKafkaConsumer(**shop.kafka.options(), auto_offset_reset="earliest")
+        await consumer.start()
+        try:
+            consumer.assign([TopicPartition(topic.name, 0)])
+            with pytest.raises(refused):
+                async with asyncio.timeout(20):
+                    await consumer.getone()
+        finally:
+            await consumer.stop()
+    for group in ("headrace-router", f"{group_prefix('rival')}1", "publisher/shop"):
+        consumer = AIOKafkaConsumer(answers_of("shop").name, **shop.kafka.options(), group_id=group)
+        try:
+            with pytest.raises(refused):
+                async with asyncio.timeout(20):
+                    await consumer.start()
+                    await consumer.getone()
+        finally:
+            await consumer.stop()
+    transactional = AIOKafkaProducer(**shop.kafka.options(), transactional_id="headrace-control")
+    with pytest.raises(refused):
+        async with asyncio.timeout(20):
+            await transactional.start()
+    await transactional.stop()
+
+
+async def test_an_apps_quota_slows_it_down_and_an_app_without_publishers_is_shut_out(
+    broker: SecureKafka, shop: Settings
+) -> None:
+    async with Producer(shop.kafka, "test") as producer:
+        began = time.monotonic()
+        for _ in range(4):
+            await producer.send(REQUESTS.name, bytes(500_000), partition=0)
+        assert time.monotonic() - began > 2, "2 MB at 100 kB/s"
+    async with admin_client(broker.settings("SASL_SSL").kafka, "test") as admin:
+        await apply_access(admin, access_of(App("shop", "shop")))
+
+    async def shut_out() -> bool:
+        try:
+            async with asyncio.timeout(20), Producer(shop.kafka, "test", request_timeout_s=5) as producer:
+                await producer.send(REQUESTS.name, b"x", partition=0)
+        except TopicAuthorizationFailedError:
+            return True
+        return False
+
+    await until(shut_out, "it may write no more", 30)
 
 
 def test_a_command_that_is_not_let_in_says_why_in_a_sentence(broker: SecureKafka, tmp_path: Path) -> None:

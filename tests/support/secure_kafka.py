@@ -1,4 +1,4 @@
-"""A broker that lets nobody in unknown: by password over plain TCP and over TLS, and by certificate."""
+"""A broker that lets nobody in unknown, by password or certificate, and lets nobody but the roles do as they like."""
 
 from __future__ import annotations
 
@@ -114,4 +114,7 @@ def _security(home: Path, ports: dict[str, int], plain: int, controller: int) ->
         "ssl.truststore.type": "PEM",
         "ssl.truststore.location": str(home / "ca.pem"),
         "listener.name.ssl.ssl.client.auth": "required",
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "ssl.principal.mapping.rules": "RULE:^.*$/certified/",
+        "super.users": f"User:{USER};User:certified;User:ANONYMOUS",
     }
