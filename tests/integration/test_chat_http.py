@@ -17,7 +17,7 @@ from tests.support.chat import Api, body, fresh, numbers
 from tests.support.stacks import Stack
 from tests.support.waiting import until
 
-ROLES = {"ingress", "router", "scheduler", "worker", "metering", "sink", "control"}
+ROLES = {"ingress", "router", "scheduler", "worker", "metering", "answers", "sink", "control"}
 SMALL = "smollm2"
 
 

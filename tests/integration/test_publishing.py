@@ -66,11 +66,6 @@ class Shop:
         return json.loads(first.value or b""), dict(first.headers)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _all_of_them(request):
-    request.session.config.option.maxfail = 0
-
-
 @pytest.fixture(scope="module")
 def shop(stack: Stack) -> Shop:
     return Shop(stack, "shop")

@@ -80,9 +80,8 @@ def sent_by(tenant: str = "acme") -> Envelope:
 
 
 def test_an_edited_request_is_sent_under_the_digest_of_its_new_body() -> None:
-    found = letters.resend(
-        letter(b"{bad", sealed(sent_by(), b"{bad")), new_id="f" * 32, now_ms=NOW_MS, seals=SEALS, body=b"{}"
-    )
+    bad = letter(b"{bad", sealed(sent_by(), b"{bad"))
+    found = letters.resend(bad, new_id="f" * 32, now_ms=NOW_MS, seals=SEALS, body=b"{}")
     envelope = parse(found.headers)
     assert (found.value, envelope.digest) == (b"{}", hashlib.sha256(b"{}").hexdigest())
     assert (envelope.request_id, envelope.replay_of, envelope.idempotency_key) == ("f" * 32, ID, None)
@@ -130,7 +129,7 @@ def test_an_erasure_is_kept_moves_on_and_is_never_taken_back() -> None:
     assert put(state, "erasures", "app/a", later) == [], "the first word counts"
     assert put(state, "erasures", "app/a", Erasure("app/a"), NOW_MS + 500) == [Erasure("app/a", NOW_MS + 500)]
     assert "not asked for" in str(put(state, "erasures", "app/a", done)), "what was done for the one before"
-    refused = decide(state, ControlCommand("c", "erasures", "app/a", None), now_ms=NOW_MS, seals=SEALS)
+    refused = decide(state, ControlCommand("c", "erasures", "app/a", None), now_ms=NOW_MS)
     assert isinstance(refused, Refused) and "cannot be taken back" in refused.reason
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -150,7 +151,8 @@ def test_a_replayed_request_has_a_new_id_and_names_the_old_one() -> None:
     assert sender(letter("inference.requests", sent.headers), SEALS, {}).envelope.request_id == "b" * 32
     again = parse(sent.headers)
     assert (again.request_id, again.replay_of, again.idempotency_key) == ("b" * 32, "a" * 32, None)
-    assert (again.time_ms, again.tenant, again.digest) == (1_790_000_001_000, "t", "d")
+    assert (again.time_ms, again.tenant) == (1_790_000_001_000, "t")
+    assert again.digest == hashlib.sha256(b"body").hexdigest()
     assert (sent.key, sent.partition, sent.value) == ("b" * 32, None, b"body")
     assert [name for name, _ in sent.headers].count("ce_id") == 1
     assert ("hr-dl-times-seen", b"2") in sent.headers
