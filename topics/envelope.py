@@ -108,7 +108,7 @@ class Published(msgspec.Struct, frozen=True):
     """What a direct publisher says in the headers of a request or of a wish to cancel one."""
 
     envelope: Envelope
-    """As an ingress would have written it; `key_id` is the API key's id, or `publisher:` and the publisher's."""
+    """As an ingress would have written it; `key_id` is `publisher:` and the publisher's, until an API key is found."""
     publisher: str
     """`hr-key-id`: which of the app's public keys fits the signature."""
     api_key_id: str
@@ -210,7 +210,7 @@ def parse_published(headers: Headers, *, reply_partition: Callable[[str], int]) 
         source=found.get("ce_source", "")[:MAX_NAME_CHARS],
         time_ms=0,
         tenant=tenant,
-        key_id=api_key_id or f"publisher:{publisher}",
+        key_id=f"publisher:{publisher}",
         reply_partition=reply_partition(request_id),
         digest="",
         deadline_s=DEFAULT_DEADLINE_S,

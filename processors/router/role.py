@@ -153,11 +153,12 @@ class Router:
         self._outcomes.event(
             envelope.request_id, envelope.tenant, Stage.ACCEPTED, at_ms=request.accepted_ms, detail=detail
         )
-        refused = await self._admit(request, published, snapshot)
-        if isinstance(refused, Terminal):
-            return self._refuse(refused)
+        key = await self._admit(request, published, snapshot)
+        if isinstance(key, Terminal):
+            return self._refuse(key)
         metrics.PUBLISHED.labels(outcome="accepted").inc()
-        return await self._choose(request, refused, snapshot)
+        request = request._replace(envelope=msgspec.structs.replace(request.envelope, key_id=key.id))
+        return await self._choose(request, key, snapshot)
 
     async def _tell(self, app: str, answer: Answer) -> None:
         """Answer a message that made no request. Best effort: nothing was accepted."""
