@@ -28,6 +28,7 @@ from schemas.ids import new_request_id
 from tests.conftest import MakeStack
 from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, body, fresh
+from tests.support.publishing import sealed
 from tests.support.stacks import Stack
 from tests.support.waiting import until
 from topics import request_log
@@ -227,7 +228,7 @@ async def test_a_publisher_that_reserved_nothing_is_admitted_by_the_router_once(
             first, second = new_request_id(), new_request_id()
             for request_id in (first, first, second):  # the first one comes twice
                 sent = envelope(request_id)
-                await producer.send(REQUESTS.name, raw, key="one partition", headers=sent.headers())
+                await producer.send(REQUESTS.name, raw, key="one partition", headers=sealed(sent, raw, conf.seals))
             found = await terminals(trio, {first, second})
             assert found[first].status is Status.COMPLETED
             assert found[second].status is Status.REJECTED

@@ -21,6 +21,7 @@ from schemas.control import App, Key, Record, User
 from schemas.ids import new_request_id
 from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, body, fresh
+from tests.support.publishing import sealed
 from tests.support.stacks import PROVIDER_KEY, Stack
 from tests.support.waiting import until
 from topics.catalogue import CATALOGUE, DEAD_LETTERS, LOG, REPLIES, REQUESTS, ROUTED, worker_commands
@@ -64,7 +65,7 @@ async def buried(stack: Stack, api: Api, tenant: Tenant, raw: bytes) -> tuple[di
     request_id = new_request_id()
     sent = Envelope(request_id, "/test", int(request_id[:12], 16), tenant.id, tenant.key_id, 0, "0" * 64, 30.0)
     async with Producer(stack.settings.kafka, "test") as producer:
-        await producer.send(REQUESTS.name, raw, key=request_id, headers=sent.headers())
+        await producer.send(REQUESTS.name, raw, key=request_id, headers=sealed(sent, raw, stack.settings.seals))
 
     async def listed() -> dict[str, Any] | None:
         page = (await api.get("/admin/dead-letters?topic=inference.requests&role=router")).json()
