@@ -65,7 +65,9 @@ async def rebuild(settings: Settings, *, progress: Progress | None = None, limit
                 raise Unavailable(
                     "Redis could not be rebuilt: what it holds stays newer than what Kafka gives. Try again."
                 )
-        reserved = await restore(settings.kafka, settings.instance, redis) if limits else 0
+        reserved = (
+            await restore(settings.kafka, settings.instance, redis, settings.limits_default_output) if limits else 0
+        )
     finally:
         await redis.aclose()
     others = {"idempotency": remembered, "facts": facts, "reservations": reserved}

@@ -29,7 +29,7 @@ KEPT_MS = 900_000
 KEPT_IDEMPOTENT_MS = 86_400_000
 """The same where a caller may send it again."""
 
-RESERVE, ROUTE, RESTORE = "reserve", "route", "restore"
+RESERVE, ROUTE, RESTORE, RESTORE_ACCEPTED = "reserve", "route", "restore", "restore accepted"
 
 
 class Admission(NamedTuple):

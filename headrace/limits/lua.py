@@ -160,7 +160,7 @@ ADMIT = (
 local ref, mode, month, kept_ms = ARGV[1], ARGV[2], ARGV[3], ARGV[11]
 local want = {tokens = tonumber(ARGV[4]), whole = tonumber(ARGV[5]), pico = tonumber(ARGV[6]),
               completion = tonumber(ARGV[7]), model = ARGV[8], at = now}
-local marked, restoring = tonumber(ARGV[9]), mode == 'restore'
+local marked, restoring = tonumber(ARGV[9]), mode == 'restore' or mode == 'restore accepted'
 if restoring then want.at = tonumber(ARGV[10]) end
 if not restoring and not whole() then return {'incomplete'} end
 if month == '' then month = month_of(now) end
@@ -301,14 +301,15 @@ for at, scope in ipairs(scopes) do
     window_add(scope.name, ref, want.at, want.tokens)
   end
 end
-want.state = mode == 'reserve' and 'p' or 'r'
+want.state = mode == 'reserve' and 'p' or mode == 'restore accepted' and 'a' or 'r'
 store(want)
 return answer('admitted', want)
 """
 )
 """Admit a request against all its scopes, or none.
 
-ARGV: ref, mode (`reserve` by an ingress, `route` by the router, `restore` by a rebuild: without checks), month or ''
+ARGV: ref, mode (`reserve` by an ingress, `route` by the router, `restore` by a rebuild, of what was routed, and
+`restore accepted`, of what was not: without checks), month or ''
 for that of now, tokens, whole, pico, completion, model, how long it stays pending (µs), when it was accepted (µs; of
 `restore`), how long a refusal is remembered (ms), then of each scope: name, rpm, tpm, concurrency, whole, pico.
 Returns verdict, now, month, state, model, completion, the refusal's limit, scope, most, left and retry (µs; -1 never,

@@ -1,14 +1,15 @@
 """What limits hold in Redis, made anew from Kafka: the month's spend, what is reserved, the last minute's requests.
 
 The spend is that of `usage.events`, and of the terminals that metering has not come to yet; reserved is what was
-routed and has no terminal. Both are counted up to fixed offsets of `inference.log`, which Redis gets in the same step:
-settlement goes on from there, and settles again whatever it had settled beyond. So this is right beside live traffic
-too, where admissions go on. On a server that came back empty, or from an old snapshot, nothing is admitted until it is
-done.
+accepted and has no terminal, whether it is routed or not. Both are counted up to fixed offsets of `inference.log`,
+which Redis gets in the same step: settlement goes on from there, and settles again whatever it had settled beyond. So
+this is right beside live traffic too, where admissions go on. On a server that came back empty, or from an old
+snapshot, nothing is admitted until it is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,19 +20,24 @@ import structlog
 from aiokafka import TopicPartition
 from redis.asyncio import Redis
 
+from headrace.asked import read
+from headrace.choice import named, not_found
+from headrace.errors import ModelNotFound
 from headrace.limits import lua
-from headrace.limits.amounts import PICO, TEMPLATE_TOKENS, Worst, pico
+from headrace.limits.amounts import PICO, TEMPLATE_TOKENS, Worst, pico, worst_case
 from headrace.limits.charge import charge, payers
-from headrace.limits.limiter import RESTORE, Limiter, admit_arguments, ref_of
+from headrace.limits.limiter import RESTORE, RESTORE_ACCEPTED, Limiter, admit_arguments, ref_of
 from headrace.limits.months import month_of, month_start_ms
 from headrace.limits.scopes import Scope, scopes_of
 from headrace.projection import Projection
-from schemas.control import App, Key, Model, Price
+from headrace.registry import snapshot_of
+from schemas.control import TASKS, App, Key, Model, Price
 from schemas.events import Routed, Status
 from topics import request_log
-from topics.catalogue import DAY_MS, LOG, ROUTED, USAGE, Topic
+from topics.catalogue import DAY_MS, LOG, REQUESTS, ROUTED, USAGE, Topic
 from topics.clients import LogReader
 from topics.cluster import Cluster
+from topics.envelope import Envelope, EnvelopeError, parse
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +45,8 @@ FETCH_BYTES = 1024 * 1024
 CLOCK_SLACK_MS = 60_000
 """Producers stamp usage events by their own clocks."""
 WINDOW_MS = 60_000
+MAX_AGE_MS = 600_000
+"""The router refuses requests that are older than this when it comes to them."""
 CHUNK = 500
 
 
@@ -64,7 +72,8 @@ class Records:
         """Of records as JSON."""
         self._keys = {key.id: key for key in (msgspec.json.decode(raw, type=Key) for raw in keys)}
         self._apps = {app.id: app for app in (msgspec.json.decode(raw, type=App) for raw in apps)}
-        self._models = {model.id: model for model in (msgspec.json.decode(raw, type=Model) for raw in models)}
+        self._snapshot = snapshot_of(list(models), [], [], 0)
+        self._models = self._snapshot.models
 
     def scopes(self, routed: Routed) -> tuple[Scope, ...]:
         """Whose limits a routed request was admitted against."""
@@ -74,6 +83,22 @@ class Records:
         return scopes_of(
             key if key is not None and key.app == routed.tenant else None, self._apps.get(routed.tenant), model
         )
+
+    def accepted(self, envelope: Envelope, value: bytes, default_output: int) -> tuple[tuple[Scope, ...], Worst, str]:
+        """Whose limits a request concerns that is not routed yet, what it may come to, and on which model.
+
+        Where the router is to choose, that is the dearest of them all; it reserves anew for the one that it takes.
+        Raises `msgspec.MsgspecError` when it is no request, `ModelNotFound` when no model serves it.
+        """
+        asked = read(value)
+        model = named(self._snapshot, asked.model)
+        options = [model] if model is not None else [one for one in self._models.values() if asked.model in TASKS]
+        if not options:
+            raise not_found(asked.model)
+        worst, model_id = max((worst_case(asked, len(value), one, default_output), one.id) for one in options)
+        key = self._keys.get(envelope.key_id)
+        mine = key if key is not None and key.app == envelope.tenant else None
+        return scopes_of(mine, self._apps.get(envelope.tenant), self._models[model_id]), worst, model_id
 
     def worst(self, routed: Routed) -> Worst:
         """The most that a routed request may come to, as its router reckoned it, or a little more."""
@@ -101,6 +126,8 @@ class Found:
     routed: list[Routed] = field(default_factory=list)
     """Requests of the last day that have none, and those of the last minute."""
     metered: set[bytes] = field(default_factory=set)
+    accepted: list[tuple[Envelope, bytes, int]] = field(default_factory=list)
+    """Requests that may still be routed, each with its body and when it was accepted (Unix ms)."""
 
     def pay(self, scopes: Sequence[str], units: int) -> None:
         """Add to what scopes have spent."""
@@ -108,7 +135,7 @@ class Found:
             self.spent[scope] = self.spent.get(scope, 0) + units
 
 
-async def restore(cluster: Cluster, instance: str, redis: Redis) -> int:
+async def restore(cluster: Cluster, instance: str, redis: Redis, default_output: int) -> int:
     """Make the limits anew, by the control plane in force; how many reservations are held now that were not before.
 
     Raises `RedisError`, `KafkaError` or `Unavailable`.
@@ -124,6 +151,8 @@ async def restore(cluster: Cluster, instance: str, redis: Redis) -> int:
     restored = 0
     for routed in found.routed:
         restored += await _hold(redis, routed, found, records, refill=not state.whole)
+    for envelope, value, accepted_ms in found.accepted:
+        restored += await _accept(redis, envelope, value, accepted_ms, records, default_output)
     await _put_into_force(redis, found)
     if state.whole:
         await _give_back(limiter, found)
@@ -149,15 +178,25 @@ async def _read(reader: LogReader, now_ms: int) -> Found:
             if month_of(paid.accepted_ms or record.timestamp) == found.month:
                 found.pay(payers(paid.key_id, paid.tenant), pico(paid.cost))
     await _log(reader, found, now_ms)
+    asked: list[tuple[Envelope, bytes, int]] = []
+    assignment = await _since(reader, REQUESTS, now_ms - MAX_AGE_MS)
+    async for record in reader.read_to_end(assignment):
+        with contextlib.suppress(EnvelopeError):  # the router buries it
+            envelope = parse(record.headers)
+            if envelope.request_id not in found.ended:
+                asked.append((envelope, record.value or b"", record.timestamp))
+    seen: set[str] = set()
     assignment = await _since(reader, ROUTED, now_ms - DAY_MS)
     async for record in reader.read_to_end(assignment):
         try:
             routed = _routed.decode(record.value or b"")
         except msgspec.MsgspecError:
             continue
+        seen.add(routed.request_id)
         recent = routed.accepted_ms > now_ms - WINDOW_MS
         if recent or routed.request_id not in found.ended:
             found.routed.append(routed)
+    found.accepted = [one for one in asked if one[0].request_id not in seen]
     return found
 
 
@@ -219,6 +258,23 @@ async def _hold(redis: Redis, routed: Routed, found: Found, records: Records, *,
     )  # fmt: skip
     told = await redis.register_script(lua.ADMIT)(args=arguments)
     return int(bytes(told[0]) == b"admitted")
+
+
+async def _accept(
+    redis: Redis, envelope: Envelope, value: bytes, accepted_ms: int, records: Records, default_output: int
+) -> int:
+    """Reserve for a request that its router has not come to; 1 where that made a reservation."""
+    try:
+        scopes, worst, model = records.accepted(envelope, value, default_output)
+    except (msgspec.MsgspecError, ModelNotFound):
+        return 0  # the router says so
+    if not scopes:
+        return 0
+    arguments = admit_arguments(
+        envelope.tenant, envelope.request_id, scopes, worst, model,
+        mode=RESTORE_ACCEPTED, month=month_of(accepted_ms), accepted_us=accepted_ms * 1000,
+    )  # fmt: skip
+    return int(bytes((await redis.register_script(lua.ADMIT)(args=arguments))[0]) == b"admitted")
 
 
 async def _put_into_force(redis: Redis, found: Found) -> None:

@@ -204,7 +204,8 @@ class ControlProcessor:
             await self._owning.wait()
             try:
                 if not (await self._limiter.state()).whole:
-                    await restore(self._settings.kafka, self._settings.instance, self._redis)
+                    conf = self._settings
+                    await restore(conf.kafka, conf.instance, self._redis, conf.limits_default_output)
             except _AWAY as error:
                 log.warning("limits_unchecked", error=repr(error))
             await asyncio.sleep(WATCH_EVERY_S)
