@@ -196,6 +196,8 @@ class Engine:
 def _check_reads(connection: _Connection, statement: Statement) -> None:
     """Refuse what `readonly` lets through in an engine without users. Raises `EngineError`."""
     text = statement.text
+    if text.lstrip()[:6].lower() == "insert":  # Its data is nothing that EXPLAIN could parse.
+        raise EngineError("Code: 164. DB::Exception: INSERT is not allowed: only statements that read are. (READONLY)")
     connection.query(f"SELECT formatQuerySingleLine({quote_text(text)})", "Null")  # one statement, or an error
     ast = connection.query(f"EXPLAIN AST {text}", "TSVRaw", statement.params).bytes()
     try:

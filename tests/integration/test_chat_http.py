@@ -235,7 +235,7 @@ async def test_a_requests_life_is_shown_hop_by_hop(api: Api) -> None:
 async def test_health_and_metrics_of_every_role(api: Api) -> None:
     assert (await api.client.get(api.url("/health/live"))).json() == {"status": "live"}
     ready = await api.client.get(api.url("/health/ready"))
-    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "waiting_for": {}})
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "waiting_for": {}, "warnings": {}})
     await api.stream(body(Spec(tokens=4, interval_ms=1)))
 
     async def complete() -> bool:
