@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from processors.control.decide import Accepted, Decision, Refused
+from processors.control.decide import PRICES, Accepted, Decision, Refused
 from processors.control.state import ControlState
 from schemas.audit import AUDIT, AuditEvent, AuditNote, Change
-from schemas.control import RECORDS, ControlCommand, Key, Record
+from schemas.control import RECORDS, ControlCommand, Key, Price, Record
 
 SECRET_FIELDS = frozenset({"sha256", "password_hash"})
 _SECRET_OPTION = re.compile(r"key|token|secret|password", re.IGNORECASE)
@@ -21,7 +21,7 @@ MAX_VALUE_CHARS, MAX_TEXT_CHARS, MAX_DETAILS = 1_000, 2_000, 32
 """An event is bounded, so that no command can be too large to be written down."""
 
 
-def described(command: ControlCommand, before: Record | None, decision: Decision, *, at_ms: int) -> AuditEvent:
+def described(command: ControlCommand, before: Record | Price | None, decision: Decision, *, at_ms: int) -> AuditEvent:
     """The event of a command that was decided on; `before` is the record as it was. It is not sealed yet."""
     if command.kind == AUDIT and isinstance(decision, Accepted):
         said = msgspec.json.decode(command.value or b"", type=AuditNote)
@@ -33,7 +33,8 @@ def described(command: ControlCommand, before: Record | None, decision: Decision
     key = _shown_key(command, before, after)
     if isinstance(decision, Refused):
         event = _event(command, at_ms, action, command.kind, key, "refused")
-        return msgspec.structs.replace(event, refusal=_cut(decision.reason))
+        detail = {"code": decision.code} if decision.code else {}
+        return msgspec.structs.replace(event, refusal=_cut(decision.reason), detail=detail)
     outcome = "applied" if decision.writes else "unchanged"
     event = _event(command, at_ms, action, command.kind, key, outcome)
     return msgspec.structs.replace(event, changes=changes(before, after) if decision.writes else {})
@@ -59,21 +60,23 @@ def _event(command: ControlCommand, at_ms: int, action: str, kind: str, key: str
     )
 
 
-def held(state: ControlState, command: ControlCommand) -> Record | None:
-    """The record that a command is about, as it is."""
-    records: dict[str, Record] = getattr(state, command.kind, {})
+def held(state: ControlState, command: ControlCommand) -> Record | Price | None:
+    """The record that a command is about, as it is; of a price the newest one of its model."""
+    records: dict[str, Record | Price] = getattr(state, command.kind, {})
     return records.get(command.key)
 
 
-def _after(command: ControlCommand, decision: Decision) -> Record | None:
+def _after(command: ControlCommand, decision: Decision) -> Record | Price | None:
     if isinstance(decision, Accepted):
         for write in decision.writes:
+            if write.kind == command.kind == PRICES and write.value is not None:
+                return msgspec.json.decode(write.value, type=Price)
             if (write.kind, write.key) == (command.kind, command.key) and write.value is not None:
                 return msgspec.json.decode(write.value, type=RECORDS[write.kind])
     return None
 
 
-def _shown_key(command: ControlCommand, before: Record | None, after: Record | None) -> str:
+def _shown_key(command: ControlCommand, before: Record | Price | None, after: Record | Price | None) -> str:
     """The natural key; an API key is filed under its SHA-256, which is not shown, so it goes by its id."""
     if command.kind != "keys":
         return command.key
@@ -81,7 +84,7 @@ def _shown_key(command: ControlCommand, before: Record | None, after: Record | N
     return known.id if isinstance(known, Key) else "unknown"
 
 
-def changes(before: Record | None, after: Record | None) -> dict[str, Change]:
+def changes(before: Record | Price | None, after: Record | Price | None) -> dict[str, Change]:
     """The fields that differ, with their values as JSON text."""
     one = after or before
     found: dict[str, Change] = {}

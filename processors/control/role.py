@@ -149,7 +149,7 @@ class ControlProcessor:
         event = self._trail.add(described(command, before, decision, at_ms=at_ms))
         outcome = self._trail.outcome(command.id)
         if isinstance(decision, Refused):
-            if command.kind not in NOT_KEPT:
+            if command.kind not in NOT_KEPT and not decision.code:  # Whoever lost a race asks again.
                 await bury(self._producer, message, reason=f"refused: {decision.reason}", role=ROLE)
             return [event], outcome
         for write in decision.writes:

@@ -47,6 +47,8 @@ class Trail:
         return Write("audit_heads", day, msgspec.json.encode(AuditHead(*self._end, self._last_ms)))
 
     def _remember(self, event: AuditEvent) -> None:
-        self._handled[event.command] = CommandOutcome(event.command, event.outcome, event.refusal)
+        self._handled[event.command] = CommandOutcome(
+            event.command, event.outcome, event.refusal, event.detail.get("code", "") if event.refusal else ""
+        )
         if len(self._handled) > REMEMBERED:
             self._handled.popitem(last=False)

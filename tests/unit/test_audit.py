@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from headrace import audit
 from headrace.audit_chain import Check, Place, Verdict, digest
 from headrace.audit_trail import Filter, noted
-from processors.control.audit import MAX_VALUE_CHARS, changes, described
+from processors.control.audit import MAX_VALUE_CHARS, changes, described, held
 from processors.control.decide import Accepted, Refused, decide, decode_command
 from processors.control.state import ControlState, Write
 from processors.control.trail import REMEMBERED, Trail
@@ -265,3 +265,27 @@ def test_a_filter_takes_what_fits_all_of_it() -> None:
 
 def test_digest_covers_everything_but_the_hash() -> None:
     assert digest({"a": 1, "hash": "x"}) == digest({"a": 1}) != digest({"a": 2})
+
+
+def test_a_price_is_written_down_with_what_it_was_and_its_refusals_keep_their_code() -> None:
+    state = ControlState()
+    for kind, key, record in (
+        ("providers", "p", Provider("p", "llama_cpp")),
+        ("models", "m", Model("m", "p", "t", price=Price(0, Decimal(1), Decimal(2), Decimal(1)))),
+    ):
+        made = decide(state, ControlCommand("c", kind, key, msgspec.Raw(msgspec.json.encode(record))), now_ms=NOW_MS)
+        assert isinstance(made, Accepted)
+        for write in made.writes:
+            state.put(write)
+    price = msgspec.Raw(msgspec.json.encode(Price(0, Decimal(1), Decimal(3), Decimal(1))))
+    command = ControlCommand("set", "prices", "m", price, actor="ann")
+    said = described(command, held(state, command), decide(state, command, now_ms=NOW_MS + 1), at_ms=NOW_MS)
+    assert (said.action, said.kind, said.key, said.outcome) == ("update", "prices", "m", "applied")
+    assert said.changes["output"] == Change('"2"', '"3"') and "input" not in said.changes
+    stale = msgspec.structs.replace(command, id="stale", if_match="another")
+    event = described(stale, held(state, stale), decide(state, stale, now_ms=NOW_MS + 1), at_ms=NOW_MS)
+    trail = Trail(Place())
+    trail.add(event)
+    known = Trail(Place(), [event]).outcome("stale")
+    assert known == trail.outcome("stale") and known is not None
+    assert (known.status, known.code) == ("refused", "precondition")
