@@ -7,6 +7,7 @@ stop each reader of a topic, for ever. Here such a batch is read again with the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from aiokafka.consumer import fetcher
@@ -34,6 +35,9 @@ class _Batch:
     def __init__(self, batch: Any, raw: bytes) -> None:
         self._batch = batch
         self._raw = raw
+        self._records: Iterator[Any] | None = None
+        """Begun with the first record: aiokafka checks the sum of a batch only before."""
+        self._done = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batch, name)
@@ -42,18 +46,21 @@ class _Batch:
         return next(self._batch)  # How aiokafka reads the one record of a batch that ends a transaction.
 
     def __iter__(self) -> Iterator[Any]:
-        done = 0
+        return self
+
+    def __next__(self) -> Any:
+        if self._records is None:
+            self._records = iter(self._batch)
         try:
-            for record in self._batch:
-                yield record
-                done += 1
+            record = next(self._records)
         except UnicodeDecodeError:
             again = _DefaultRecordBatchPy(self._raw)
             again._maybe_uncompress()
             again._buffer = _Lenient(again._buffer)
-            for number, record in enumerate(again):
-                if number >= done:
-                    yield record
+            self._records = islice(again, self._done, None)
+            record = next(self._records)
+        self._done += 1
+        return record
 
 
 class TolerantRecords:

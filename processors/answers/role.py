@@ -109,7 +109,10 @@ class Answers(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
 
     async def _begin(self) -> None:
         """Note where we begin in partitions that are new to us."""
-        for tp in self._consumer.assignment() - self._next.keys():
+        new = self._consumer.assignment() - self._next.keys()
+        if new:
+            log.info("answers_assigned", partitions=len(new))
+        for tp in new:
             self._deliveries.setdefault(tp.partition, Delivery())
             committed = await self._consumer.committed(tp)
             if committed is None:

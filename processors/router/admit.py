@@ -48,7 +48,7 @@ def read_published(
     raw = value or b""
     try:
         if sent.refusal:
-            raise InvalidRequest(f"{sent.refusal[0].upper()}{sent.refusal[1:]}.")
+            raise InvalidRequest(f"The message was refused: {sent.refusal}.")
         if len(raw) > MAX_BODY_BYTES:
             raise BodyTooLarge(f"The body is larger than {MAX_BODY_BYTES} bytes.")
         body, asked = parse(raw)

@@ -14,10 +14,14 @@ import pytest
 import trustme
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
     TopicAuthorizationFailedError,
     TransactionalIdAuthorizationFailed,
 )
+from confluent_kafka import KafkaError
+from confluent_kafka import Message as Written
+from confluent_kafka import Producer as ConfluentProducer
 
 from headrace.settings import Settings
 from processors.control.state import Write
@@ -222,11 +226,26 @@ async def test_a_publisher_may_do_nothing_else(shop: Settings) -> None:
     others = [answers_of("rival"), answers_of("shop"), LOG, USAGE, CANCELLATIONS, DEAD_LETTERS, CONTROL_COMMANDS]
     for topic in (topic for topic in CATALOGUE if topic is not REQUESTS):
         others += [topic] if topic not in others else []
-    async with Producer(shop.kafka, "test", request_timeout_s=5) as producer:
-        for topic in others:
-            with pytest.raises(refused):
-                async with asyncio.timeout(20):
-                    await producer.send(topic.name, b"x", partition=0)
+    refusals: dict[str, int | None] = {}
+    writer = ConfluentProducer(
+        {
+            "bootstrap.servers": shop.kafka_bootstrap,
+            "security.protocol": "SASL_SSL",
+            "sasl.mechanism": "SCRAM-SHA-512",
+            "sasl.username": shop.kafka.username,
+            "sasl.password": shop.kafka.password,
+            "ssl.ca.location": str(shop.kafka_ssl_cafile),
+            "message.timeout.ms": 15_000,
+        }
+    )
+
+    def told(error: KafkaError | None, message: Written) -> None:
+        refusals[message.topic()] = error.code() if error is not None else None
+
+    for topic in others:
+        writer.produce(topic.name, b"x", partition=0, on_delivery=told)
+    await asyncio.to_thread(writer.flush, 30)
+    assert refusals == dict.fromkeys((topic.name for topic in others), KafkaError.TOPIC_AUTHORIZATION_FAILED)
     for topic in (REQUESTS, answers_of("rival"), LOG, PUBLISHED):
         consumer = AIOKafkaConsumer(**shop.kafka.options(), auto_offset_reset="earliest")
         await consumer.start()
@@ -268,7 +287,7 @@ async def test_an_apps_quota_slows_it_down_and_an_app_without_publishers_is_shut
         try:
             async with asyncio.timeout(20), Producer(shop.kafka, "test", request_timeout_s=5) as producer:
                 await producer.send(REQUESTS.name, b"x", partition=0)
-        except TopicAuthorizationFailedError:
+        except (TopicAuthorizationFailedError, ClusterAuthorizationFailedError):
             return True
         return False
 

@@ -259,10 +259,11 @@ async def test_who_writes_the_answers_is_killed_in_the_middle_and_nothing_is_los
 
     heard = asyncio.Event()
     listening = [asyncio.create_task(listen(count)) for count in (40, 150, 400)]
-    await heard.wait()
-    await stack.killed("answers-1")
-    assert [await task for task in listening] == [list(range(count)) for count in (40, 150, 400)]
-    assert numbers((await publisher.chat(body(QUICK))).text) == list(range(5))
+    async with asyncio.timeout(60):
+        await heard.wait()
+        await stack.killed("answers-1")
+        assert [await task for task in listening] == [list(range(count)) for count in (40, 150, 400)]
+        assert numbers((await publisher.chat(body(QUICK))).text) == list(range(5))
 
 
 async def test_a_publisher_cancels_its_own_requests_and_nobody_elses(

@@ -26,6 +26,11 @@ def batch(first: int, names: list[str]) -> bytes:
     return bytes(raw)
 
 
+def test_a_batch_is_its_own_iterator_as_readers_of_transactions_need_it() -> None:
+    found = fetcher.MemoryRecords(batch(0, [Odd(), "b"])).next_batch()
+    assert next(found).offset == 0 and [record.offset for record in found] == [1]
+
+
 def test_a_header_name_that_is_not_utf_8_stops_no_reader() -> None:
     assert clients.Producer is not None, "its module installs the reader"
     odd = Odd()
