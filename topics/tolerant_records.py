@@ -42,9 +42,6 @@ class _Batch:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._batch, name)
 
-    def __next__(self) -> Any:
-        return next(self._batch)  # How aiokafka reads the one record of a batch that ends a transaction.
-
     def __iter__(self) -> Iterator[Any]:
         return self
 

@@ -106,7 +106,7 @@ def test_what_nobody_comes_for_is_ended() -> None:
 
 def test_a_caller_who_left_meanwhile_is_not_forgotten() -> None:
     pool = taking("w1")
-    told(pool, seen("w1", "r"), messages.LogRead(), messages.CancelAsked("r", "left"))
+    told(pool, seen("w1", "r"), messages.LogRead(), messages.CancelAsked("r", "left", "t"))
     _, cancelled = told(pool, messages.Arrived(request("r")))
     assert cancelled == CancelRunning("r", "w1", "left", Status.CANCELLED)
 
