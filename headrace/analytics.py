@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Sequence
@@ -58,14 +59,21 @@ class Analytics:
         """The answer. Raises `Unavailable` while ClickHouse is away."""
         sql, values = build(query)
         try:
-            if self._client is None:
-                database = database_name(self._settings)
-                self._client = await connect(self._settings, database=database, timeout_s=TIMEOUT_S + 5.0)
-            found = await self._client.query(sql, parameters=values, settings=dict(READ_ONLY))
+            rows = await self._ask(sql, values)
         except Away as error:
+            if code(error) is None:  # A connection that lay idle may have been closed under the question.
+                with contextlib.suppress(*Away):
+                    return UsageAnswer(query.columns, await self._ask(sql, values))
             log.warning("usage_unanswered", error=sentence(error), code=code(error))
             raise Unavailable("Usage cannot be read now (ClickHouse does not answer); try again.") from error
-        return UsageAnswer(query.columns, [tuple(plain(value) for value in row) for row in found.result_rows])
+        return UsageAnswer(query.columns, rows)
+
+    async def _ask(self, sql: str, values: dict[str, object]) -> list[tuple[object, ...]]:
+        if self._client is None:
+            database = database_name(self._settings)
+            self._client = await connect(self._settings, database=database, timeout_s=TIMEOUT_S + 5.0)
+        found = await self._client.query(sql, parameters=values, settings=dict(READ_ONLY))
+        return [tuple(plain(value) for value in row) for row in found.result_rows]
 
     async def stop(self) -> None:
         """Close the connection, if there is one."""

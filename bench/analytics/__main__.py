@@ -95,7 +95,7 @@ def main(
     kept = data if data is not None else Path(tempfile.mkdtemp(prefix="headrace-analytics-", dir=Path.home()))
     try:
         with engine(kept) as (conf, process):
-            report = asyncio.run(measured(conf, process, rows, seed, sink_rows, kept))
+            report = asyncio.run(measured(conf, process, rows, seed, sink_rows))
     finally:
         if data is None:
             shutil.rmtree(kept, ignore_errors=True)
@@ -127,7 +127,7 @@ def engine(data: Path) -> Iterator[tuple[Settings, psutil.Process]]:
         server.wait(60)
 
 
-async def measured(conf: Settings, process: psutil.Process, rows: int, seed: int, sink_rows: int, data: Path) -> Report:
+async def measured(conf: Settings, process: psutil.Process, rows: int, seed: int, sink_rows: int) -> Report:
     """The whole run."""
     now = datetime.now(UTC)
     client = await connect(conf, database=DATABASE, timeout_s=3600)
@@ -145,10 +145,13 @@ async def measured(conf: Settings, process: psutil.Process, rows: int, seed: int
     rolled = time.perf_counter() - start
     dashboards = [await timed(client, name, query) for name, query in questions(now)]
     by_clock, by_core, by_engine = await sink(client, process, sink_rows, now)
+    size = await client.query(
+        "SELECT sum(bytes_on_disk) FROM system.parts WHERE active AND database = currentDatabase()"
+    )
     await client.close()
     return Report(
         now.isoformat(timespec="seconds"), rows, os.cpu_count() or 1,
-        sum(file.stat().st_size for file in data.rglob("*") if file.is_file() and not file.is_symlink()),
+        size.result_rows[0][0],
         round(generated, 1), round(rolled, 1), dashboards, sink_rows, round(by_clock), round(by_core), round(by_engine),
     )  # fmt: skip
 

@@ -53,7 +53,9 @@ async def test_usage_is_the_keys_own_and_a_month_can_be_priced_anew(stack: Stack
         before = await settled(stack)
         shown = stack.run("reprice", "--month", month, "--prices", str(prices)).stdout
         assert "nothing was written" in shown and mine in shown
-        assert (await one.get("/v1/usage")).json()["data"][0]["cost"] == row["cost"]
+        again = await one.get("/v1/usage")
+        assert again.status_code == 200, again.text
+        assert again.json()["data"][0]["cost"] == row["cost"]
         assert "wrote" in stack.run("reprice", "--month", month, "--prices", str(prices), "--write").stdout
         assert "nothing changes" in stack.run("reprice", "--month", month, "--prices", str(prices)).stdout
 
