@@ -134,7 +134,8 @@ async def test_wishes_and_looks_are_written_down_and_the_trail_is_whole(
     [look] = await trail(api, kind="requests", key=request_id)
     assert (look["action"], look["detail"]) == ("read", {"tenant": tenants[0].id})
     assert (await api.post("/admin/models/bench/load", {})).status_code == 202
-    assert (await trail(api, kind="models", action="load"))[-1]["actor"] == look["actor"]
+    wished = await until(lambda: trail(api, kind="models", action="load"), "the wish is in the trail")
+    assert wished[-1]["actor"] == look["actor"]
     notes = tmp_path / "heads"
     ran = [stack.run("audit", "verify", "--notes", str(notes)) for _ in range(2)]
     assert [one.returncode for one in ran] == [0, 0], ran[0].stderr + ran[1].stderr
