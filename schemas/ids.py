@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 import uuid
 from typing import NamedTuple
 
@@ -60,8 +61,12 @@ def tenant_tag(tenant: str) -> str:
 
 
 def new_published_id(tenant: str) -> str:
-    """A new request id of a direct publisher: a UUIDv7 whose last 48 bits are its tenant's tag."""
-    return new_request_id()[:20] + tenant_tag(tenant)
+    """A new request id of a direct publisher: a UUIDv7 whose last 48 bits are its tenant's tag.
+
+    The 26 bits before these are random: the library's own ids of one millisecond differ in their last bits only.
+    """
+    random = secrets.randbits(26)
+    return f"{new_request_id()[:12]}7{random >> 14:03x}{0x8000 | random & 0x3FFF:04x}{tenant_tag(tenant)}"
 
 
 def is_published_id(request_id: str, tenant: str) -> bool:

@@ -172,6 +172,9 @@ def test_ids_are_their_tenants_own_and_of_now() -> None:
     mine = new_published_id("shop")
     assert is_published_id(mine, "shop") and not is_published_id(mine, "rival")
     assert not is_published_id(new_request_id(), "shop")
+    made = [new_published_id("shop") for _ in range(300)]
+    assert len(set(made)) == len(made), "though many are of one millisecond"
+    assert all(is_published_id(one, "shop") for one in made)
     assert not is_published_id(mine[:12] + "8" + mine[13:], "shop"), "a hash of an Idempotency-Key"
     now = int(time.time() * 1000)
 
