@@ -136,6 +136,11 @@ def check_grant(who: Principal, *roles: str) -> None:
         raise Forbidden(f"Only an owner may make, change or remove who has the role {named[0]!r}.")
 
 
+def check_change(who: Principal, before: Key | User, after: Key | User) -> None:
+    """Raise `Forbidden` unless `who` may make a key or a user into what it is `after`."""
+    check_grant(who, before.role, after.role)
+
+
 def key_refusal(key: Key | None, apps: Mapping[str, App], now_s: float) -> HeadraceError | None:
     """Why a key is refused, if it is: it is not there, revoked, expired (`now_s`, Unix seconds), or its app is off."""
     if key is None or not key.enabled:

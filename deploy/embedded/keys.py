@@ -23,17 +23,19 @@ def admin_key(data_dir: Path, given: str | None) -> tuple[str, bool]:
 
 
 def jwt_secret(data_dir: Path) -> str:
-    """What a stack signs access tokens with, where the environment names nothing. The file has mode 0600."""
-    path = data_dir / JWT_SECRET_FILE
-    known = path.read_text().strip() if path.exists() else ""
-    secret = known or secrets.token_urlsafe(48)
-    if secret != known:
-        write_private(path, secret + "\n")
-    return secret
+    """What a stack signs access tokens with, where the environment names nothing."""
+    return _kept(data_dir / JWT_SECRET_FILE)
 
 
 def make_ingress_secret(data_dir: Path) -> None:
     """Make the secret of this stack's ingresses, once: what was sealed before a restart must still be known."""
-    path = data_dir / INGRESS_SECRET_FILE
-    if not path.exists():
-        write_private(path, secrets.token_urlsafe(32) + "\n")
+    _kept(data_dir / INGRESS_SECRET_FILE)
+
+
+def _kept(path: Path) -> str:
+    """A secret that is made once. The file has mode 0600."""
+    known = path.read_text().strip() if path.exists() else ""
+    if not known:
+        known = secrets.token_urlsafe(48)
+        write_private(path, known + "\n")
+    return known

@@ -58,7 +58,8 @@ def new(
     """Create a user. The password is asked for, or read from stdin."""
     secret = None if no_password else ask_password(f"Password of {email}")
     asked = body(UserCreate, {"email": email, "password": secret, "role": role, "apps": app, "name": name})
-    user = records.new_user(asked, f"user-{uuid_utils.uuid7().hex[-16:]}")
+    filed = passwords.hashed(secret) if secret is not None else ""
+    user = records.new_user(asked, f"user-{uuid_utils.uuid7().hex[-16:]}", filed)
 
     async def work(client: ControlClient) -> User:
         await create(client, user)

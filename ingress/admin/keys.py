@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from headrace import api_keys, records
-from headrace.access import Permission, Principal, check_grant
+from headrace.access import Permission, check_change, check_grant
 from headrace.errors import NotFound
 from ingress import guard
 from ingress.admin.records import (
@@ -37,10 +37,6 @@ async def _find(services: Services, key_id: str) -> Key:
     if not isinstance(found, Key):
         raise NotFound(f"There is no key {key_id!r}.")
     return found
-
-
-def _allow(who: Principal, before: Key, after: Key) -> None:
-    check_grant(who, before.role, after.role)
 
 
 @router.post("", status_code=201, responses=CONFLICT)
@@ -97,7 +93,7 @@ async def update_key(request: Request, key_id: str, body: KeyPatch, response: Re
         request,
         lambda: _find(services, key_id),
         lambda key: records.changed_key(key, body, models),
-        allow=_allow,
+        allow=check_change,
     )
     tag(response, made)
     return records.key_view(made)
@@ -113,7 +109,7 @@ async def revoke_key(request: Request, key_id: str, response: Response) -> KeyVi
         request,
         lambda: _find(services, key_id),
         lambda key: records.changed_key(key, patch, {}),
-        allow=_allow,
+        allow=check_change,
         reason="revoked",
     )
     tag(response, made)

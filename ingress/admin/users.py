@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import uuid_utils
 from fastapi import Request, Response
 
-from headrace import passwords, records
-from headrace.access import Permission, Principal, check_grant
-from headrace.errors import InvalidRequest
+from headrace import records
+from headrace.access import Permission, check_change, check_grant
 from ingress import guard
 from ingress.admin.records import (
     CHANGES,
@@ -30,15 +27,11 @@ from ingress.admin.records import (
 )
 from ingress.guard import Who
 from ingress.services import Services
-from ingress.signin.routes import AT_ONCE
+from ingress.signin import hashing
 from schemas.admin_records import UserCreate, UserPatch, UserView, UserViews
 from schemas.control import User
 
 router = guard.router(prefix="/admin/users", tags=["admin: users"])
-
-
-def _allow(who: Principal, before: User, after: User) -> None:
-    check_grant(who, before.role, after.role)
 
 
 @router.post("", status_code=201, responses=CONFLICT)
@@ -48,11 +41,8 @@ async def create_user(request: Request, body: UserCreate, who: Who, response: Re
     services: Services = request.app.state.services
     check_grant(who, body.role)
     user_id = f"user-{uuid_utils.uuid7().hex[-16:]}"
-    async with AT_ONCE:
-        try:
-            user = await asyncio.to_thread(records.new_user, body, user_id)
-        except passwords.WeakPassword as weak:
-            raise InvalidRequest(f"password: {weak}.", param="password") from None
+    filed = await hashing.hashed(body.password, field="password") if body.password is not None else ""
+    user = records.new_user(body, user_id, filed)
     await create(request, user)
     made = await one_of(services, User, user.id)
     tag(response, made)
@@ -93,18 +83,12 @@ async def get_user(request: Request, user_id: str, response: Response) -> UserVi
 async def update_user(request: Request, user_id: str, body: UserPatch, response: Response) -> UserView:
     """Change a user. With another role or password all its sessions are refused when this answers."""
     services: Services = request.app.state.services
-    filed = None
-    if body.password is not None:
-        async with AT_ONCE:
-            try:
-                filed = await asyncio.to_thread(passwords.hashed, body.password)
-            except passwords.WeakPassword as weak:
-                raise InvalidRequest(f"password: {weak}.", param="password") from None
+    filed = await hashing.hashed(body.password, field="password") if body.password is not None else None
     made = await change(
         request,
         lambda: one_of(services, User, user_id),
         lambda user: records.changed_user(user, body, filed),
-        allow=_allow,
+        allow=check_change,
     )
     tag(response, made)
     return records.user_view(made)
@@ -120,7 +104,7 @@ async def disable_user(request: Request, user_id: str, response: Response) -> Us
         request,
         lambda: one_of(services, User, user_id),
         lambda user: records.changed_user(user, patch, None),
-        allow=_allow,
+        allow=check_change,
         reason="disabled",
     )
     tag(response, made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from typing import Any, TypeVar
@@ -13,7 +12,6 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from headrace import passwords
 from headrace.access import GRANTS, Permission
 from headrace.control_client import command
 from headrace.errors import InvalidRequest, InvalidToken, WrongPassword
@@ -21,6 +19,7 @@ from ingress import guard
 from ingress.guard import Who
 from ingress.openai.body import read_body
 from ingress.services import Services
+from ingress.signin import hashing
 from ingress.signin.tokens import LIFE_S
 from schemas.control import User, digest
 from schemas.openai import ErrorBody
@@ -30,8 +29,6 @@ router = guard.router(prefix="/auth", tags=["sign-in"])
 
 WRONG = "The e-mail address or the password is wrong."
 NO_STORE = {"cache-control": "no-store"}
-AT_ONCE = asyncio.Semaphore(4)
-"""Passwords that are hashed at the same time, 64 MiB and a core each."""
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The body is malformed."},
     401: {"model": ErrorBody, "description": "The password is wrong, or the token is not good."},
@@ -69,11 +66,6 @@ async def _body(request: Request, model: type[Body], renamed: dict[str, str]) ->
         raise InvalidRequest("The body is neither JSON nor a form.") from None
 
 
-async def _hashing(right: bool, password: str, filed: str) -> bool:
-    async with AT_ONCE:
-        return await asyncio.to_thread(passwords.is_right, password, filed) and right
-
-
 @router.post(
     "/token",
     response_model=Tokens,
@@ -89,8 +81,8 @@ async def sign_in(request: Request) -> Response:
     attempt = await services.attempts.begin(email, request.client.host if request.client is not None else "")
     user = await services.registry.user_by_email(email)
     # An account that is not there takes as long as one that is.
-    right = await _hashing(user is not None and user.enabled, body.password, user.password_hash if user else "")
-    if not right or user is None:
+    right = await hashing.is_right(body.password, user.password_hash if user is not None else "")
+    if not right or user is None or not user.enabled:
         raise WrongPassword(WRONG)
     await services.attempts.succeeded(attempt)
     return await _begin(services, user)
@@ -160,14 +152,10 @@ async def change_password(request: Request, body: PasswordChange, who: Who) -> R
     user = who.user
     assert user is not None, "sessions are users'"  # noqa: S101
     attempt = await services.attempts.begin(user.email, request.client.host if request.client is not None else "")
-    if not await _hashing(True, body.current_password, user.password_hash):
+    if not await hashing.is_right(body.current_password, user.password_hash):
         raise WrongPassword("The current password is wrong.")
     await services.attempts.succeeded(attempt)
-    try:
-        async with AT_ONCE:
-            filed = await asyncio.to_thread(passwords.hashed, body.new_password)
-    except passwords.WeakPassword as weak:
-        raise InvalidRequest(f"new_password: {weak}.", param="new_password") from None
+    filed = await hashing.hashed(body.new_password, field="new_password")
     changed = msgspec.structs.replace(user, password_hash=filed)
     sent = command(changed, actor=who.actor, reason="its own password", if_match=digest(user))
     await services.control.submit([sent])

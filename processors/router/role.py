@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -42,6 +43,7 @@ from topics.outcomes import Outcomes, now_ms
 log = structlog.get_logger(__name__)
 
 RETRY_S = 0.25
+T = TypeVar("T")
 
 
 class Router:
@@ -173,12 +175,7 @@ class Router:
 
     async def _admit(self, request: Request, published: Published, snapshot: Snapshot) -> Key | Terminal:
         """The key whose rights and limits a publisher's request has, or its refusal; limits are asked in `_choose`."""
-        named = msgspec.structs.replace(request.envelope, key_id=published.api_key_id)
-        found = (
-            await self._key(named)
-            if published.api_key_id and not published.api_key_id.startswith(USER_PREFIX)
-            else None
-        )
+        found = await self._api_key(published.api_key_id) if published.api_key_id else None
         try:
             key = key_of(published, found, snapshot, now_ms() / 1000)
         except HeadraceError as error:
@@ -215,14 +212,22 @@ class Router:
     # --- what both need ---------------------------------------------------------------------------------------
 
     async def _key(self, envelope: Envelope) -> Key | None:
-        """Under which key a request was sent; None where that is not known."""
-        key_id = envelope.key_id
+        """Under which key an ingress admitted a request, or as what key its user counts; None where unknown."""
+        if not envelope.key_id.startswith(USER_PREFIX):
+            return await self._api_key(envelope.key_id)
+        user_id = envelope.key_id.removeprefix(USER_PREFIX)
+        user = await self._known(lambda: self._registry.user(user_id))
+        return as_key(user, envelope.tenant) if user is not None else None
+
+    async def _api_key(self, key_id: str) -> Key | None:
+        """The API key with this id; never a user, whom only an ingress may name."""
+        return await self._known(lambda: self._registry.key_by_id(key_id))
+
+    async def _known(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """What the registry answers, for as long as that takes."""
         while True:
             try:
-                if not key_id.startswith(USER_PREFIX):
-                    return await self._registry.key_by_id(key_id)
-                user = await self._registry.user(key_id.removeprefix(USER_PREFIX))
-                return as_key(user, envelope.tenant) if user is not None else None
+                return await ask()
             except Unavailable as error:
                 log.warning("key_unavailable", error=error.message)
                 await asyncio.sleep(RETRY_S)
