@@ -47,17 +47,20 @@ class LogMemory:
         self._views: dict[int, LogView] = {}
         self._recent: deque[tuple[float, int, str]] = deque()
 
-    async def view(self, partition: int, upto: int) -> LogView:
-        """The view of a partition whose next record is `upto`: kept, or made of what stands before it."""
+    async def view(self, partition: int, upto: int, at_ms: int) -> LogView:
+        """The view of a partition whose next record is `upto`: kept, or made of what stands before it.
+
+        `at_ms` is that record's time by the brokers (Unix ms), or now: whoever is far behind must look back from there.
+        """
         found = self._views.get(partition)
         if found is None:
-            since_ms = int(time.time() * 1000) - LONGEST_REQUEST_MS
+            since_ms = at_ms - LONGEST_REQUEST_MS
             found = self._views[partition] = await warm(self._cluster, self._client_id, partition, upto, since_ms)
         return found
 
-    async def apply(self, record: LogRecord, partition: int, offset: int) -> Terminal | None:
-        """The deciding terminal, if `record` is it; see `LogView.apply`."""
-        terminal = (await self.view(partition, offset)).apply(record)
+    async def apply(self, record: LogRecord, partition: int, offset: int, at_ms: int) -> Terminal | None:
+        """The deciding terminal, if `record` is it; see `LogView.apply` and `view`."""
+        terminal = (await self.view(partition, offset, at_ms)).apply(record)
         if terminal is not None:
             self._recent.append((self._clock(), partition, terminal.request_id))
             self._forget()

@@ -140,11 +140,12 @@ class Answers(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         if isinstance(head, _Head) and not is_published(head.reply_partition):
             return []
         whole = head if isinstance(head, AttemptOpened) else _terminal.decode(value)
-        decided = await self._memory.apply(whole, record.partition, record.offset)
+        decided = await self._memory.apply(whole, record.partition, record.offset, record.timestamp)
         return delivery.ended(decided, record.offset, now_ms()) if decided is not None else []
 
     async def _frames(self, delivery: Delivery, record: Record) -> list[Told]:
-        view = await self._memory.view(record.partition, self._next[TopicPartition(LOG.name, record.partition)])
+        upto = self._next[TopicPartition(LOG.name, record.partition)]
+        view = await self._memory.view(record.partition, upto, record.timestamp)
         told: list[Told] = []
         for delta in frames.decode(record.value or b""):
             told += delivery.frame(delta, record.offset, decided=view.decided(delta.rid.hex()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable
 
 import msgspec
@@ -16,14 +15,13 @@ from headrace.redis_client import connect
 from headrace.settings import Settings
 from processors.metering.meter import usage_of
 from processors.metering.settlement import Settlement
-from processors.metering.views import LONGEST_REQUEST_MS, warm
 from schemas.events import Terminal
 from topics import request_log
 from topics.agents import AgentRole, Message
 from topics.catalogue import LOG, USAGE
 from topics.clients import Producer
 from topics.dead_letters import bury
-from topics.request_log import LogView
+from topics.log_memory import LogMemory
 
 log = structlog.get_logger(__name__)
 
@@ -35,10 +33,8 @@ class Metering:
     """Folds the log into usage. What it must remember of a request is in the log itself, shortly before."""
 
     def __init__(self, settings: Settings, producer: Producer) -> None:
-        self._settings = settings
         self._producer = producer
-        self._views: dict[int, LogView] = {}
-        self._recent: list[tuple[float, int, str]] = []
+        self._memory = LogMemory(settings.kafka, "metering-warm-up")
 
     async def handle(self, batch: list[Message]) -> None:
         """Meter a batch; returns when its usage events are durable."""
@@ -49,17 +45,10 @@ class Metering:
             except msgspec.MsgspecError as error:
                 waits.append(bury(self._producer, message, reason=str(error), role="metering"))
                 continue
-            view = self._views.get(message.partition)
-            if view is None:
-                view = self._views[message.partition] = await warm(
-                    self._settings, message.partition, message.offset, message.timestamp - LONGEST_REQUEST_MS
-                )
-            terminal = view.apply(record)
+            terminal = await self._memory.apply(record, message.partition, message.offset, message.timestamp)
             if terminal is not None:
                 waits.append(await self._meter(terminal))
-                self._recent.append((time.monotonic(), message.partition, terminal.request_id))
         await asyncio.gather(*waits)
-        self._forget()
 
     async def _meter(self, terminal: Terminal) -> Awaitable[object]:
         usage = usage_of(terminal)
@@ -70,15 +59,7 @@ class Metering:
 
     def forget_partitions(self, partitions: frozenset[int]) -> None:
         """Another member may move these on; look back again when they return."""
-        for partition in partitions:
-            self._views.pop(partition, None)
-
-    def _forget(self) -> None:
-        horizon = time.monotonic() - LONGEST_REQUEST_MS / 1000
-        while self._recent and self._recent[0][0] < horizon:
-            _, partition, request_id = self._recent.pop(0)
-            if (view := self._views.get(partition)) is not None:
-                view.forget(request_id)
+        self._memory.drop(partitions)
 
 
 async def run(settings: Settings, stop: asyncio.Event) -> None:

@@ -21,11 +21,12 @@ from headrace.errors import Unavailable
 from headrace.limits.charge import charge
 from headrace.limits.limiter import Limiter, Settled
 from headrace.settings import Settings
-from processors.metering.views import LONGEST_REQUEST_MS, Forgetful, warm
+from processors.metering.forgetful import Forgetful
 from schemas.ids import is_idempotent
 from topics import request_log
 from topics.catalogue import DAY_MS, LOG
 from topics.clients import LogReader
+from topics.log_memory import LONGEST_REQUEST_MS, warm
 from topics.record import Record
 
 log = structlog.get_logger(__name__)
@@ -114,7 +115,8 @@ class Settlement:
         if view is None:
             first = records[0]
             since_ms = first.timestamp - LONGEST_REQUEST_MS
-            view = Forgetful(await warm(self._settings, tp.partition, first.offset, since_ms), first.offset)
+            past = await warm(self._settings.kafka, "settlement-warm-up", tp.partition, first.offset, since_ms)
+            view = Forgetful(past, first.offset)
             self._views[tp.partition] = view
         items = _decided(view, records)
         next_offset = records[-1].offset + 1

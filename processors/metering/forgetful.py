@@ -1,20 +1,11 @@
-"""What `inference.log` said shortly before a point: whoever starts there judges as its predecessor would."""
+"""What a follower of `inference.log` knows of requests, for as long as anything can come of them."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from headrace.settings import Settings
-from topics import log_memory
 from topics.log_memory import LONGEST_REQUEST_MS
 from topics.request_log import LogView
-
-__all__ = ["LONGEST_REQUEST_MS", "Forgetful", "warm"]
-
-
-async def warm(settings: Settings, partition: int, upto: int, since_ms: int) -> LogView:
-    """The view of one partition at offset `upto`, made of its records of `since_ms` (Unix ms) or later."""
-    return await log_memory.warm(settings.kafka, "metering-warm-up", partition, upto, since_ms)
 
 
 class Forgetful:
