@@ -25,9 +25,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=1, help="Seed of those moments.")
 
 
+@pytest.hookimpl(tryfirst=True)  # the plugin of several processes reads the groups in this hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by their folder, run the cheap ones first, and keep together what shares what is dear to start."""
-    order = ("unit", "contract", "extras", "integration", "compat", "browser", "faults")
+    order = ("unit", "walks", "contract", "extras", "integration", "compat", "browser", "faults")
     root = Path(__file__).parent
 
     def folder(item: pytest.Item) -> str:
@@ -42,12 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _group(item: pytest.Item, folder: str) -> str | None:
     """Whom a test must share its process with when several run: None for nobody."""
-    if folder == "unit":
+    if folder in ("unit", "walks"):
         return None
-    if folder != "integration":
-        return folder
     used = getattr(item, "fixturenames", ())
-    return next((shared for shared in ("stack", "infra") if shared in used), item.path.stem)
+    if "make_stack" in used:
+        return item.path.stem
+    return next((shared for shared in ("stack", "infra", "victim") if shared in used), item.path.stem)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -92,9 +93,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterat
         yield made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_stack(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[MakeStack]:
-    """Makes further stacks, for tests that break theirs; `make_stack(small_model=…, replicas=…)`."""
+    """Makes stacks of a module's own, which end with it; `make_stack(small_model=…, replicas=…)`."""
     with ExitStack() as made:
 
         def make(**options: object) -> Stack:

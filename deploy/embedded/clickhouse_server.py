@@ -23,6 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 from deploy.embedded.clickhouse_body import BodyError, Compressor, compressor, decoded, raw_body
 from deploy.embedded.clickhouse_engine import Engine, EngineError, Progress, Statement
 from deploy.embedded.clickhouse_errors import http_status
+from deploy.embedded.clickhouse_form import fields, is_form
 from deploy.embedded.clickhouse_sql import MAX_STATEMENT, content_type, first_word, parse_insert
 from headrace.parent import watch_parent
 
@@ -114,13 +115,16 @@ class Handler(BaseHTTPRequestHandler):
             )
 
     def _execute(self, query: dict[str, str], *, read_only: bool) -> None:
+        body = decoded(self._body, self.headers.get("Content-Encoding", ""))
+        if is_form(kind := self.headers.get("Content-Type", "")):
+            query = query | fields(kind, body)
+            body = iter(())
         for name in ("compress", "decompress"):
             if query.get(name, "0") not in ("", "0"):
                 raise EngineError(
                     f"Code: 48. DB::Exception: {name}=1 (ClickHouse's own block compression) is not supported here: "
                     "use Content-Encoding or Accept-Encoding. (NOT_IMPLEMENTED)"
                 )
-        body = decoded(self._body, self.headers.get("Content-Encoding", ""))
         prefix = query.get("query", "").encode()
         if prefix and self.command == "POST":
             prefix += b"\n"

@@ -132,6 +132,24 @@ def test_parameters_arrive_as_they_are(server: Server, text: str) -> None:
     assert client.query("SELECT {value:String}", parameters={"value": text}).result_rows == [(text,)]
 
 
+def test_parameters_too_long_for_a_url_arrive_in_a_form(server: Server) -> None:
+    text = "it's\r\n--a line that looks like an end--\tünï\n\n" * 1500
+    client = server.client()
+    assert client.query("SELECT {value:String}", parameters={"value": text}).result_rows == [(text,)]
+
+
+def test_forms_over_plain_http(http: httpx.Client) -> None:
+    def post(**fields: tuple[str | None, str]) -> str:
+        return http.post("", files=fields).text
+
+    assert post(query=(None, "SELECT {x:UInt8}, getSetting('max_threads')"), param_x=(None, "7"),
+                max_threads=(None, "1")) == "7\t1\n"  # fmt: skip
+    assert "external tables are not supported" in post(query=(None, "SELECT 1"), t=("t.csv", "1"))
+    assert "longer than 131072 bytes" in post(query=(None, "SELECT 1" + " " * 131_072))
+    broken = http.post("", content=b"SELECT 1", headers={"Content-Type": "multipart/form-data; boundary=x"})
+    assert (broken.status_code, "is not the multipart form" in broken.text) == (400, True)
+
+
 def test_settings_hold_for_their_query_only(server: Server) -> None:
     client = server.client()
     shown = "SELECT getSetting('max_block_size')"

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import MakeStack
 from tests.support.stacks import Stack, running_stack
 
-RESULTS = Path(__file__).parent.parent / "results" / "faults.json"
+RESULTS = Path(__file__).parent.parent / "results"
 
 Note = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
-def victim(make_stack: MakeStack) -> Stack:
+def victim(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
     """A stack with two ingresses whose processes are killed."""
-    return make_stack(replicas={"ingress": 2})
+    with running_stack(tmp_path_factory.mktemp("victim"), upstream_url, replicas={"ingress": 2}) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def note(seed: int, moments: int) -> Iterator[Note]:
 
     began = time.time()
     yield take
-    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    name = "-".join(filter(None, ("faults", os.environ.get("PYTEST_XDIST_WORKER"))))
     summary = {"seed": seed, "moments": moments, "seconds": round(time.time() - began, 1), "kills": noted}
-    RESULTS.write_text(json.dumps(summary, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")

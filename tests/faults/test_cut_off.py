@@ -54,11 +54,9 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, int]:
 
 
 @pytest.fixture(scope="module")
-def proxied(make_stack: MakeStack, ports: tuple[int, int]) -> Iterator[Stack]:
+def proxied(make_stack: MakeStack, ports: tuple[int, int]) -> Stack:
     """A stack whose broker has a listener behind a proxy."""
-    stack = make_stack(env={PROXIED: f"{ports[0]}:{ports[1]}"})
-    yield stack
-    assert stack.stop() == 0
+    return make_stack(env={PROXIED: f"{ports[0]}:{ports[1]}"})
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,11 +54,9 @@ max_concurrency = {slots}
 
 
 @pytest.fixture(scope="module")
-def real(make_stack: MakeStack) -> Iterator[Stack]:
+def real(make_stack: MakeStack) -> Stack:
     """A stack whose worker holds two real models, each with an engine of its own."""
-    stack = make_stack(models=MODELS)
-    yield stack
-    assert stack.stop() == 0
+    return make_stack(models=MODELS)
 
 
 async def lease(stack: Stack, model: str) -> tuple[int, str, str]:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from decimal import Decimal
 
 import httpx
@@ -51,8 +51,8 @@ COST = Decimal("0.0002")
 
 
 @pytest.fixture(scope="module")
-def trio(make_stack: MakeStack) -> Iterator[Stack]:
-    yield make_stack(models=MODEL, replicas={"ingress": 3})
+def trio(make_stack: MakeStack) -> Stack:
+    return make_stack(models=MODEL, replicas={"ingress": 3})
 
 
 class Account:

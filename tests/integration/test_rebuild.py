@@ -67,6 +67,7 @@ async def test_a_rebuild_after_the_tables_were_dropped(conf: Settings, producer:
     await send_log(producer, terminal(request_id, 1, Status.FAILED))
     await send_log(producer, terminal(request_id, 2))
     await send_event(producer, request_id)
+    await send_usage(producer, request_id)
     await rebuild(conf)
     before = await asyncio.to_thread(everything, conf)
     assert before["requests"] and before["usage"] and before["request_events"] and before["request_attempts"]
