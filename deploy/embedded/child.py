@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from deploy.embedded.nursery import Forked, Nursery, Wish
 from headrace.parent import PARENT_PID, die_with_parent
 
 LOG_LIMIT = 10 * 1024 * 1024
@@ -33,13 +34,14 @@ class ChildSpec:
     stop_seconds: float = 10.0
     """How long it may take to stop before it is killed."""
     cwd: Path | None = None
+    call: tuple[str, ...] = ()
+    """The same for a nursery, where there is one: `module:function` of what runs in Python, and its arguments."""
     nice: int = 0
     """How far it gives way to the others where cores are short, as `nice` counts: 0 not at all, 19 wholly."""
 
 
-def _begin(parent: int, nice: int) -> None:
-    """What a child does between fork and exec."""
-    die_with_parent(parent)
+def give_way(nice: int) -> None:
+    """Have this process, the first of its session, give way to others."""
     if nice:
         os.nice(nice)
         # Linux may weigh whole sessions against each other (sched_autogroup); then niceness counts only within one.
@@ -47,6 +49,12 @@ def _begin(parent: int, nice: int) -> None:
             group = os.open("/proc/self/autogroup", os.O_WRONLY)
             os.write(group, b"%d" % nice)
             os.close(group)
+
+
+def _begin(parent: int, nice: int) -> None:
+    """What a child does between fork and exec."""
+    die_with_parent(parent)
+    give_way(nice)
 
 
 @dataclass(slots=True)
@@ -72,15 +80,16 @@ class Backoff:
 class Child:
     """A running or stopped child; `start` must be called in the main thread (the kernel ties its life to it)."""
 
-    def __init__(self, spec: ChildSpec, logs: Path) -> None:
+    def __init__(self, spec: ChildSpec, logs: Path, nursery: Nursery) -> None:
         self.spec = spec
+        self._nursery = nursery
         self.log = logs / f"{spec.name}.log"
         self.backoff = Backoff()
         self.restarts = 0
         self.started_at = 0.0
         """Unix seconds."""
         self._started = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | Forked | None = None
 
     @property
     def pid(self) -> int | None:
@@ -90,11 +99,21 @@ class Child:
     def start(self) -> None:
         """Start it in a session of its own, so that Ctrl-C of the terminal reaches only the supervisor."""
         self.started_at, self._started = time.time(), time.monotonic()
+        env = {**os.environ, **self.spec.env, PARENT_PID: str(os.getpid())}
+        self._process = self._fork(env) or self._exec(env)
+
+    def _fork(self, env: Mapping[str, str]) -> Forked | None:
+        if not self.spec.call:
+            return None
+        title = " ".join((Path(self.spec.argv[0]).name, *self.spec.argv[1:]))
+        return self._nursery.fork(Wish(self.spec.call, title, env, str(self.log), self.spec.nice))
+
+    def _exec(self, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 self.spec.argv,
                 cwd=self.spec.cwd,
-                env={**os.environ, **self.spec.env, PARENT_PID: str(os.getpid())},
+                env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -126,9 +126,10 @@ class _Stack:
         self._announce(self._endpoints.url)
 
     async def _start_roles(self) -> None:
-        await self._parts.start_valkey()
         if not self._options.replicas:
+            await self._parts.start_valkey()
             return
+        await _all_or_first_error(self._parts.start_valkey(), self._supervisor.open_nursery())
         environment = self._environment()
         for role in roles.START_ORDER:
             for index in range(1, self._options.replicas[role] + 1):

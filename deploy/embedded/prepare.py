@@ -52,11 +52,11 @@ async def _tables(conf: Settings) -> None:
         print(f"applied {step.number:04} {step.name}", flush=True)
 
 
-def main(workers: list[str]) -> int:
+def main(*workers: str) -> int:
     """Prepare the stack that HEADRACE_* names; returns the exit code."""
     watch_parent()
     try:
-        asyncio.run(prepare(settings(), workers))
+        asyncio.run(prepare(settings(), list(workers)))
     except (ApplyError, MigrationError, ConfigError, HeadraceError, ClickHouseError, OSError) as error:
         print(sentence(error) if isinstance(error, ClickHouseError) else error, file=sys.stderr)
         return 1
@@ -64,4 +64,4 @@ def main(workers: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]))

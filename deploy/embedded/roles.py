@@ -47,6 +47,7 @@ def role_spec(role: str, index: int, environment: Mapping[str, str], drain_secon
     return ChildSpec(
         name,
         (*headrace_command(), "run", role),
+        call=("headrace.process:run_role", role),
         env={**environment, **own},
         stop_seconds=_SPARE_SECONDS + (drain_seconds if role in _DRAINING else _SPARE_SECONDS),
         nice=GIVES_WAY if role == "sink" else 0,
@@ -56,4 +57,5 @@ def role_spec(role: str, index: int, environment: Mapping[str, str], drain_secon
 def prepare_spec(environment: Mapping[str, str], workers: int) -> ChildSpec:
     """The process that makes topics and tables and puts the configuration into force, once, while a stack starts."""
     names = tuple(f"w{index}" for index in range(1, workers + 1))
-    return ChildSpec("prepare", (sys.executable, "-m", "deploy.embedded.prepare", *names), env=environment)
+    argv = (sys.executable, "-m", "deploy.embedded.prepare", *names)
+    return ChildSpec("prepare", argv, call=("deploy.embedded.prepare:main", *names), env=environment)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from deploy.embedded.child import Child, ChildSpec
+from deploy.embedded.nursery import Nursery, bury_orphans
 from deploy.embedded.stack import ChildRecord
 
 _LOG_CHECK_SECONDS = 5.0
@@ -34,15 +35,22 @@ class Supervisor:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._hurry = asyncio.Event()
         self._log_task: asyncio.Task[None] | None = None
+        self._nursery = Nursery(logs / "nursery.log")
+        self._reopening: asyncio.Task[bool] | None = None
 
     def open(self) -> None:
         """Begin to listen for the deaths of children. Call in the event loop of the main thread."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
         self._log_task = asyncio.create_task(self._trim_logs())
 
+    async def open_nursery(self) -> None:
+        """From now on children in Python are forked, where that is possible; see `nursery`."""
+        if not await self._nursery.open():
+            self._report("roles are started one by one: there is no nursery here, see nursery.log")
+
     def start(self, spec: ChildSpec) -> None:
         """Start a child that is to live until `stop`."""
-        child = Child(spec, self._logs)
+        child = Child(spec, self._logs, self._nursery)
         self._children[spec.name] = child
         self._gone[spec.name] = asyncio.Event()
         self._stopping.discard(spec.name)
@@ -85,10 +93,12 @@ class Supervisor:
             child.kill()
         await asyncio.gather(*(gone.wait() for name, gone in self._gone.items() if self._runs(name)))
         asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
-        if self._log_task:
-            self._log_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._log_task
+        for task in (self._log_task, self._reopening):
+            if task:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        self._nursery.close()
 
     def hurry(self) -> None:
         """From now on nobody waits for work to finish."""
@@ -138,6 +148,10 @@ class Supervisor:
             else:
                 self._plan_restart(child, code)
             self._changed()
+        if self._nursery.ended():
+            self._report("the nursery ended; another one is started")
+            self._reopening = asyncio.create_task(self._nursery.open())
+        bury_orphans({pid for child in self._children.values() if (pid := child.pid)})
 
     def _plan_restart(self, child: Child, code: int | None = None) -> None:
         name = child.spec.name

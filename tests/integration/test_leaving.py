@@ -72,9 +72,9 @@ async def test_a_cancelled_requests_life_shows_who_asked_and_why(stack: Stack, a
 
     async def life() -> list[dict[str, object]] | None:
         steps = (await api.get(f"/v1/requests/{seen.request_id}")).json()["steps"]
-        return steps if steps[-1]["stage"] == "terminal" else None
+        return steps if {"cancel_asked", "terminal"} <= {step["stage"] for step in steps} else None
 
-    steps = await until(life, "the terminal is told")
+    steps = await until(life, "the wish and the terminal are told")
     assert [step["stage"] for step in steps[-2:]] == ["cancel_asked", "terminal"]
     asked, first_token = steps[-2], steps[-3]
     assert asked["role"] == "scheduler"

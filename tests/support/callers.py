@@ -41,10 +41,13 @@ class Outcome:
 class Caller:
     """One caller with an Idempotency-Key: repeats what did not begin, resumes what broke, at any ingress."""
 
-    def __init__(self, apis: list[Api], number: int) -> None:
+    def __init__(self, apis: list[Api], number: int, spec: Spec | None = None, **fields: object) -> None:
         self._apis = apis
         self._turn = number
-        self.outcome = Outcome(Spec(tokens=TOKENS, interval_ms=INTERVAL_MS, seq=number * 1_000, id=fresh("fault")))
+        self._fields = fields
+        self.outcome = Outcome(
+            spec or Spec(tokens=TOKENS, interval_ms=INTERVAL_MS, seq=number * 1_000, id=fresh("fault"))
+        )
 
     async def run(self) -> Outcome:
         """Read to the end. Raises `TimeoutError` after `PATIENCE_S`."""
@@ -58,7 +61,7 @@ class Caller:
                         self.outcome.resumed += 1
                         seen = await api.resume(completion_id, last_id)
                     else:
-                        seen = await api.stream(body(self.outcome.spec), headers)
+                        seen = await api.stream(body(self.outcome.spec, **self._fields), headers)
                 except httpx.TransportError:
                     seen = Seen(broken=True)
                 if seen.status == 200:

@@ -15,6 +15,7 @@ from deploy.embedded.child import Backoff, Child, ChildSpec
 from deploy.embedded.clickhouse_errors import http_status
 from deploy.embedded.clickhouse_sql import content_type, first_word, output_format, parse_insert
 from deploy.embedded.kafka import broker_properties, render_properties
+from deploy.embedded.nursery import Nursery
 from deploy.embedded.ports import PortBook, is_free
 from deploy.embedded.valkey import render_config
 from headrace.doctor import Finding
@@ -174,7 +175,7 @@ def test_a_role_has_a_stable_instance_and_time_to_drain() -> None:
 
 
 def test_a_long_log_is_moved_aside_and_goes_on(tmp_path: Path) -> None:
-    child = Child(ChildSpec("router", ("true",)), tmp_path)
+    child = Child(ChildSpec("router", ("true",)), tmp_path, Nursery(tmp_path / "nursery.log"))
     with child.log.open("ab", buffering=0) as output:
         output.write(b"a" * 100 + b"b" * 100)
         child.trim_log(limit=150)
@@ -184,7 +185,7 @@ def test_a_long_log_is_moved_aside_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_missing_or_short_log_is_left_alone(tmp_path: Path) -> None:
-    child = Child(ChildSpec("router", ("true",)), tmp_path)
+    child = Child(ChildSpec("router", ("true",)), tmp_path, Nursery(tmp_path / "nursery.log"))
     child.trim_log()
     child.log.write_text("short")
     child.trim_log()
