@@ -32,7 +32,7 @@ from tests.faults.test_continuation import MISSED_S, billed, shown, spoke
 from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, body, fresh
 from tests.support.kafka import end_offsets, records
-from tests.support.stacks import HEADRACE, Stack
+from tests.support.stacks import HEADRACE, PROVIDER_KEY, Stack
 from tests.support.tcp_proxy import Cut, TcpProxy
 from tests.support.waiting import until
 from topics.apply import apply_all
@@ -73,7 +73,7 @@ def second_worker(stack: Stack, port: int) -> Iterator[subprocess.Popen[bytes]]:
     env = {
         "HEADRACE_KAFKA_BOOTSTRAP": f"127.0.0.1:{port}", "HEADRACE_REDIS_URL": conf.redis_url,
         "HEADRACE_DATA_DIR": str(conf.data_dir), "HEADRACE_WORKER_ID": CUT, "HEADRACE_INSTANCE": "worker-2",
-        "HEADRACE_DRAIN_TIMEOUT": "2",
+        "HEADRACE_DRAIN_TIMEOUT": "2", "BENCH_PROVIDER_KEY": PROVIDER_KEY,
     }  # fmt: skip
     with Path(f"{conf.data_dir}.w2.log").open("ab") as output:
         process = subprocess.Popen(

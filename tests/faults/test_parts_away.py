@@ -232,7 +232,7 @@ async def test_roles_stop_in_order_while_the_broker_is_away(victim: Stack, note:
     """They would wait for acknowledgements that never come, and be killed."""
     await victim.ready()
     names = [name for name in victim.endpoints().children if name not in ("kafka", "valkey", "clickhouse")]
-    assert len(names) == 8
+    assert len(names) == 9
     victim.signal("kafka", signal.SIGSTOP)
     try:
         async with Api(victim) as api:
