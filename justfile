@@ -18,9 +18,9 @@ demo *ARGS: setup
 up *ARGS: setup
     @{{headrace}} up "$@"
 
-# All tests but `faults` with many moments, in two processes (-n0: in one): real Kafka, Valkey and ClickHouse engine
+# All tests on real parts, those that need a stack beside the others (-n0: one after another)
 test *ARGS: setup
-    @{{python}} -m pytest -n 2 --dist loadgroup "$@"
+    @{{python}} -m pytest -n 2 --dist loadscope "$@"
 
 # Tests without I/O
 test-unit *ARGS: setup

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
 from clickhouse.migrate import migrate
@@ -18,6 +20,9 @@ from topics.apply import apply_all
 
 MakeStack = Callable[..., Stack]
 
+ON_STACKS = ("integration", "compat", "browser", "faults")
+"""Folders whose tests run stacks, in their order."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the fault tests."""
@@ -25,10 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=1, help="Seed of those moments.")
 
 
-@pytest.hookimpl(tryfirst=True)  # the plugin of several processes reads the groups in this hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, run the cheap ones first, and keep together what shares what is dear to start."""
-    order = ("unit", "walks", "contract", "extras", "integration", "compat", "browser", "faults")
+    """Mark tests by their folder, and run the cheap ones first."""
+    order = ("unit", "walks", "contract", "extras", *ON_STACKS)
     root = Path(__file__).parent
 
     def folder(item: pytest.Item) -> str:
@@ -36,19 +40,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         item.add_marker(folder(item))
-        if (group := _group(item, folder(item))) is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: order.index(folder(item)) if folder(item) in order else len(order))
 
 
-def _group(item: pytest.Item, folder: str) -> str | None:
-    """Whom a test must share its process with when several run: None for nobody."""
-    if folder in ("unit", "walks"):
-        return None
-    used = getattr(item, "fixturenames", ())
-    if "make_stack" in used:
-        return item.path.stem
-    return next((shared for shared in ("stack", "infra", "victim") if shared in used), item.path.stem)
+class TwoLanes(LoadScopeScheduling):
+    """All that needs a stack in one process, one after the other; the others take the rest, a file at a time.
+
+    Two stacks at once on two cores are late for everything that a test waits for.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return "stacks" if file.split("/")[1] in ON_STACKS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> TwoLanes:
+    """Who gets which tests when several processes run them."""
+    return TwoLanes(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -12,7 +12,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 
-from headrace.access import GRANTS, Permission
+from headrace import audit
+from headrace.access import GRANTS, Permission, Principal
 from headrace.control_client import command
 from headrace.errors import InvalidRequest, InvalidToken, WrongPassword
 from ingress import guard
@@ -78,14 +79,25 @@ async def sign_in(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await _body(request, SignInBody, {"username": "email", "password": "password"})
     email = body.email.strip().lower()
-    attempt = await services.attempts.begin(email, request.client.host if request.client is not None else "")
+    address = request.client.host if request.client is not None else ""
+    attempt = await services.attempts.begin(email, address)
     user = await services.registry.user_by_email(email)
     # An account that is not there takes as long as one that is.
     right = await hashing.is_right(body.password, user.password_hash if user is not None else "")
-    if not right or user is None or not user.enabled:
+    if user is None:
+        raise WrongPassword(WRONG)  # Not written down: it may be a password in the wrong field.
+    if not right or not user.enabled:
+        await _write_down(services, user, "sign_in", outcome="refused", address=address)
         raise WrongPassword(WRONG)
+    await _write_down(services, user, "sign_in", address=address)
     await services.attempts.succeeded(attempt)
     return await _begin(services, user)
+
+
+async def _write_down(services: Services, user: User, action: str, *, outcome: str = "done", **detail: str) -> None:
+    actor = Principal.of_user(user, "").actor if outcome == "done" else "nobody"
+    said = audit.note(action, "sessions", user.id, actor=actor, outcome=outcome, **detail)
+    await audit.record(services.producer, said)
 
 
 async def _begin(services: Services, user: User) -> Response:
@@ -128,6 +140,8 @@ async def refresh(request: Request) -> Response:
 async def sign_out(request: Request, who: Who) -> Response:
     """End this session: its tokens are refused from now on, on every replica within half a second."""
     services: Services = request.app.state.services
+    if who.user is not None:
+        await _write_down(services, who.user, "sign_out")
     await services.sessions.end(who.session)
     return Response(status_code=204)
 
@@ -153,6 +167,7 @@ async def change_password(request: Request, body: PasswordChange, who: Who) -> R
     assert user is not None, "sessions are users'"  # noqa: S101
     attempt = await services.attempts.begin(user.email, request.client.host if request.client is not None else "")
     if not await hashing.is_right(body.current_password, user.password_hash):
+        await _write_down(services, user, "sign_in", outcome="refused", reason="to change its password")
         raise WrongPassword("The current password is wrong.")
     await services.attempts.succeeded(attempt)
     filed = await hashing.hashed(body.new_password, field="new_password")

@@ -212,6 +212,32 @@ async def test_a_changed_role_or_password_ends_sessions_everywhere(stack: Stack,
         assert (gone.status_code, gone.json()["error"]["code"]) == (401, "wrong_password")
 
 
+async def test_signing_in_and_out_is_in_the_audit_trail(stack: Stack, admin: httpx.AsyncClient) -> None:
+    email = f"{unique('kay')}@example.org"
+    user = await made(admin, "users", email=email, password=PASSWORD, role="member", apps=["default"])
+    async with client(stack, "none") as anybody:
+        wrong = await anybody.post("/auth/token", json={"email": email, "password": PASSWORD + "?"})
+        assert wrong.status_code == 401
+        unknown = await anybody.post("/auth/token", json={"email": PASSWORD, "password": email})
+        assert unknown.status_code == 401
+        token = (await signed_in(anybody, email))["access_token"]
+        out = await anybody.post("/auth/logout", headers={"authorization": f"Bearer {token}"})
+        assert out.status_code == 204
+
+    async def told() -> list[dict[str, Any]] | None:
+        found: list[dict[str, Any]] = (await admin.get(f"/admin/audit?kind=sessions&key={user['id']}")).json()["data"]
+        return found if len(found) >= 3 else None
+
+    *_, failed = events = await until(told, "all three are in the trail")
+    assert [(one["action"], one["outcome"], one["actor"]) for one in events] == [
+        ("sign_out", "done", f"user {user['id']}"), ("sign_in", "done", f"user {user['id']}"),
+        ("sign_in", "refused", "nobody"),
+    ]  # fmt: skip
+    assert failed["detail"]["address"] == "127.0.0.1"
+    everything = (await admin.get("/admin/audit?kind=sessions&limit=500")).text
+    assert PASSWORD not in everything, "a password in the wrong field is in no trail"
+
+
 async def test_failed_sign_ins_make_an_account_wait_be_it_there_or_not(stack: Stack) -> None:
     email = f"{unique('nobody')}@example.org"
     async with client(stack, "none") as anybody:

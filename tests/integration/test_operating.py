@@ -259,6 +259,7 @@ async def test_no_secret_is_at_rest_in_plain(stack: Stack, api: Api, tenants: li
     prompt, bad = fresh("secretprompt"), fresh("hr-nobodys-key")
     created = stack.run("keys", "create", "--name", "swept").stdout.strip()
     secrets = {"key": tenants[0].text, "created": created, "admin": stack.key, "provider": PROVIDER_KEY, "unknown": bad}
+    secrets |= {name: (stack.data_dir / f"{name}.secret").read_text().strip() for name in ("jwt", "ingress")}
     asked = body(f"{prompt}\n{Spec(tokens=3, interval_ms=1).line()}")
     for sent in (asked, {**asked, "stream": True}, {**asked, "model": prompt}, {**asked, "n": prompt}):
         await tenants[0].api.ask(sent)
@@ -267,6 +268,7 @@ async def test_no_secret_is_at_rest_in_plain(stack: Stack, api: Api, tenants: li
         assert (await nobody.ask(asked)).status_code == 401
     async with Api(stack, key=created) as swept:
         assert (await swept.ask(asked)).status_code == 200
+    secrets |= await signed_in_and_out(api)
     await api.post("/admin/models/bench/load", {})
     await buried(stack, api, tenants[0], b"{" + prompt.encode())
     assert stack.run("keys", "revoke", created).returncode == 0
@@ -303,6 +305,22 @@ async def test_no_secret_is_at_rest_in_plain(stack: Stack, api: Api, tenants: li
     assert len(tables) > 5
     for table in tables:
         look(f"clickhouse {table}", str(stack.rows(f"SELECT * FROM {table}")), secrets)  # noqa: S608
+
+
+async def signed_in_and_out(api: Api) -> dict[str, str]:
+    """A user was made, signed in, mistyped its password, and left; what of that must be nowhere."""
+    email, password, wrong = f"{fresh('swept')}@example.org", fresh("a password"), fresh("a wrong one")
+    made = await api.post("/admin/users", {"email": email, "password": password, "role": "member", "apps": ["default"]})
+    assert made.status_code == 201, made.text
+    failed = await api.post("/auth/token", {"email": email, "password": wrong})
+    assert failed.status_code == 401
+    misplaced = await api.post("/auth/token", {"email": password, "password": email})
+    assert misplaced.status_code == 401
+    tokens = (await api.post("/auth/token", {"email": email, "password": password})).json()
+    access, refresh = tokens["access_token"], tokens["refresh_token"]
+    left = await api.client.post(api.url("/auth/logout"), headers={"authorization": f"Bearer {access}"})
+    assert left.status_code == 204
+    return {"password": password, "wrong password": wrong, "access token": access, "refresh token": refresh}
 
 
 async def _plain(redis: Any, name: bytes) -> bytes:

@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -264,6 +265,23 @@ async def test_who_writes_the_answers_is_killed_in_the_middle_and_nothing_is_los
         await stack.killed("answers-1")
         assert [await task for task in listening] == [list(range(count)) for count in (40, 150, 400)]
         assert numbers((await publisher.chat(body(QUICK))).text) == list(range(5))
+
+
+async def test_one_that_was_read_after_its_deadline_is_answered_as_expired(
+    stack: Stack, shop: Shop, producer: Producer
+) -> None:
+    raw = json.dumps(body(QUICK)).encode()
+    headers = publisher_headers(shop.app, hr_deadline="1")
+    stack.signal("router-1", signal.SIGSTOP)
+    try:
+        await producer.send(REQUESTS.name, raw, key=headers["ce_id"], headers=signed(headers, raw, shop.key))
+        await asyncio.sleep(1.5)
+    finally:
+        stack.signal("router-1", signal.SIGCONT)
+    said, told = await shop.result(headers["ce_id"])
+    assert told["hr-status"] == b"expired", said
+    assert (said["error"]["code"], told["hr-http-status"]) == ("deadline_exceeded", b"504")
+    await settled(stack)
 
 
 async def test_a_publisher_cancels_its_own_requests_and_nobody_elses(
