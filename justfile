@@ -57,6 +57,11 @@ bench-scheduler *ARGS: setup
 # How soon streams end when their keys are revoked: --url URL (may be repeated) --key KEY
 bench-revocation *ARGS: setup
     @{{python}} -m bench.revocation "$@"
+
+# How many changes of the control plane come into force in a second, audited, from a backlog (--changes)
+bench-control *ARGS: setup
+    @{{python}} -m bench.control "$@"
+
 # How long the admission against limits takes beside a plain PING of the same Redis
 bench-limits *ARGS: setup
     @{{python}} -m bench.limits "$@"

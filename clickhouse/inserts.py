@@ -23,9 +23,9 @@ async def insert(client: AsyncClient, where: str, table: Table, items: Sequence[
     try:
         await client.insert(
             where,
-            list(zip(*(item.row for item in items), strict=True)),
+            _columns(table, items),
             column_names=table.names,
-            column_type_names=table.types,
+            column_type_names=["String" if kind.startswith("Decimal") else kind for kind in table.types],
             column_oriented=True,
             settings=dict(INSERT_SETTINGS),
         )
@@ -38,3 +38,12 @@ async def insert(client: AsyncClient, where: str, table: Table, items: Sequence[
         return []
     half = len(items) // 2
     return await insert(client, where, table, items[:half]) + await insert(client, where, table, items[half:])
+
+
+def _columns(table: Table, items: Sequence[Item]) -> list[Sequence[object]]:
+    """The rows as columns; decimals as text, which is as exact, and faster than the driver's own way."""
+    columns: list[Sequence[object]] = list(zip(*(item.row for item in items), strict=True))
+    for index, kind in enumerate(table.types):
+        if kind.startswith("Decimal"):
+            columns[index] = [format(value, "f") for value in columns[index]]
+    return columns

@@ -130,6 +130,16 @@ class CommandOutcome(msgspec.Struct, frozen=True, omit_defaults=True):
     """Of a refusal: `PRECONDITION`, `EXISTS`, or empty for what no other command would mend."""
 
 
+class Applied(NamedTuple):
+    """A durable record that is to come into force; see `Projection.apply`."""
+
+    kind: str
+    key: str
+    value: bytes | None
+    topic: str
+    offset: int
+
+
 class State(NamedTuple):
     """How far the projection is."""
 
@@ -168,10 +178,19 @@ class Projection:
 
         An empty `kind` only moves the offset on.
         """
-        arguments: list[str | bytes | int] = [kind, key, topic, offset]
-        if value is not None:
-            arguments.append(value)
-        return Outcome(text(await self._apply(args=arguments)))
+        [outcome] = await self.apply_all([Applied(kind, key, value, topic, offset)])
+        return outcome
+
+    async def apply_all(self, records: Sequence[Applied]) -> list[Outcome]:
+        """Put records into force one after the other, some hundred in each round trip; what became of each."""
+        outcomes: list[Outcome] = []
+        for start in range(0, len(records), _CHUNK):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for one in records[start : start + _CHUNK]:
+                    value = () if one.value is None else (one.value,)
+                    await self._apply(args=[one.kind, one.key, one.topic, one.offset, *value], client=pipe)
+                outcomes += [Outcome(text(answer)) for answer in await pipe.execute()]
+        return outcomes
 
     async def records(self, kind: str) -> list[bytes]:
         """All records of one kind, as JSON. Raises `Unavailable` when the projection is incomplete."""
@@ -187,9 +206,13 @@ class Projection:
             raise Unavailable("The control plane is not complete. Is the control role running? Try again in a moment.")
         return [value.encode() if isinstance(value, str) else value for value in values if value is not None]
 
-    async def tell(self, outcome: CommandOutcome) -> None:
-        """Let the sender of a command know what became of it. What was told first stands: a command may come twice."""
-        await self._redis.set(_outcome_key(outcome.id), msgspec.json.encode(outcome), ex=OUTCOME_TTL_S, nx=True)
+    async def tell(self, outcomes: Sequence[CommandOutcome]) -> None:
+        """Let senders of commands know what became of them. What was told first stands: a command may come twice."""
+        for start in range(0, len(outcomes), _CHUNK):
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for one in outcomes[start : start + _CHUNK]:
+                    pipe.set(_outcome_key(one.id), msgspec.json.encode(one), ex=OUTCOME_TTL_S, nx=True)
+                await pipe.execute()
 
     async def outcome(self, command_id: str) -> CommandOutcome | None:
         """What became of a command; None when that is not known (yet, or any more)."""

@@ -4,9 +4,8 @@
 from clickhouse.migration import Migration
 
 _MINUTE_LABELS = ("tenant", "model", "status", "currency")
-_LABELS = (
-    "tenant", "key_id", "user_id", "model", "alias", "provider", "worker", "status", "error_code", "currency",
-)  # fmt: skip
+_LABELS = ("tenant", "key_id", "user_id", "model", "alias", "provider", "status", "error_code", "currency")
+"""Not the worker: with it there would be a sum for nearly every request. Which worker did what is asked of the rows."""
 _COUNTS = (
     "requests", "answered", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "images",
     "queue_ms", "load_ms", "ttft_ms", "generation_ms", "total_ms",

@@ -18,7 +18,7 @@ from headrace.errors import Unavailable
 from headrace.limits.limiter import Limiter
 from headrace.limits.restore import restore
 from headrace.model_facts import keep_facts
-from headrace.projection import CommandOutcome, Outcome, Projection
+from headrace.projection import Applied, CommandOutcome, Outcome, Projection
 from headrace.rebuild import rebuild
 from headrace.redis_client import connect
 from headrace.settings import Settings
@@ -123,10 +123,15 @@ class ControlProcessor:
         for app in apps_with_publishers(writes):
             # Before they are in force, so that whoever publishes can listen first.
             await self._ensure_answers(app)
-        for write, offset in zip(writes, await writer.write(writes), strict=True):
-            await self._put_into_force(write, offset)
-        for outcome in outcomes:
-            await self._tell(outcome)
+        offsets = await writer.write(writes)
+        await self._put_into_force(
+            [
+                Applied(write.kind, write.key, write.value, TOPICS[write.kind].name, offset)
+                for write, offset in zip(writes, offsets, strict=True)
+                if write.kind in CONTROL_RECORDS
+            ]
+        )
+        await self._tell(outcomes)
 
     async def _one(self, message: Message) -> tuple[list[Write], CommandOutcome | None]:
         """Decide one command; what is to be written, and what to tell its sender.
@@ -163,28 +168,24 @@ class ControlProcessor:
                 log.info("answers_topic_made", app=app)
             self._answered.add(app)
 
-    async def _put_into_force(self, write: Write, offset: int) -> None:
-        """Apply a durable record to Redis, for as long as that takes."""
-        if write.kind not in CONTROL_RECORDS:
-            return
-        topic = TOPICS[write.kind].name
-        self._offsets[topic] = offset + 1
+    async def _put_into_force(self, records: Sequence[Applied]) -> None:
+        """Apply durable records to Redis, for as long as that takes."""
+        self._offsets |= {one.topic: one.offset + 1 for one in records}
         while True:
             try:
-                outcome = await self._projection.apply(write.kind, write.key, write.value, topic=topic, offset=offset)
-                if outcome is not Outcome.INCOMPLETE:
+                if Outcome.INCOMPLETE not in await self._projection.apply_all(records):
                     return
                 await rebuild(self._settings, limits=False)
             except _AWAY as error:
-                log.warning("redis_unwritable", topic=topic, offset=offset, error=repr(error))
+                log.warning("redis_unwritable", records=len(records), error=repr(error))
                 await asyncio.sleep(WATCH_EVERY_S)
 
-    async def _tell(self, outcome: CommandOutcome) -> None:
+    async def _tell(self, outcomes: Sequence[CommandOutcome]) -> None:
         """Best effort: whoever waits for an answer that is lost sees a timeout, and the log has it."""
         try:
-            await self._projection.tell(outcome)
+            await self._projection.tell(outcomes)
         except (RedisError, OSError) as error:
-            log.warning("outcome_not_told", command=outcome.id, error=repr(error))
+            log.warning("outcomes_not_told", commands=[one.id for one in outcomes], error=repr(error))
 
     async def keep(self) -> None:
         """Compare the projection with Kafka for ever; rebuild it when it is missing, partial or older."""

@@ -54,5 +54,5 @@ async def test_old_and_dropped_generations_leave_nothing_behind(projection: Proj
 
 async def test_outcomes_of_commands_can_be_asked_for(projection: Projection) -> None:
     assert await projection.outcome("c1") is None
-    await projection.tell(CommandOutcome("c1", "refused", "because"))
+    await projection.tell([CommandOutcome("c1", "refused", "because")])
     assert await projection.outcome("c1") == CommandOutcome("c1", "refused", "because")
