@@ -18,8 +18,9 @@ import msgspec
 import structlog
 from aiokafka import TopicPartition
 
+from headrace import audit
 from headrace.settings import Settings
-from schemas.control import Price
+from schemas.control import ControlCommand, Price
 from schemas.events import PricedBefore, UsageEvent
 from topics.catalogue import USAGE
 from topics.clients import LogReader, Producer
@@ -130,11 +131,16 @@ def changes(
 
 
 async def reprice(
-    conf: Settings, span: tuple[int, int], prices: Mapping[str, Price], *, write: bool
+    conf: Settings, span: tuple[int, int], prices: Mapping[str, Price], *, write: bool, actor: str, reason: str = ""
 ) -> dict[str, Difference]:
-    """What changes, by tenant; with `write` the new revisions are durable when this returns. Raises `KafkaError`."""
+    """What changes, by tenant; with `write` the new revisions are durable when this returns, and in the audit trail.
+
+    Raises `KafkaError`, and `Unavailable` when it cannot be written into the trail.
+    """
     found: dict[str, Difference] = defaultdict(Difference)
     async with LogReader(conf.kafka, "reprice", max_wait_ms=100) as reader, Producer(conf.kafka, "reprice") as producer:
+        if write:
+            await audit.record(producer, _note(span, prices, actor, reason))
         # A partition at a time, which bounds what is in memory: usage ids of one tenant lie on one.
         for partition in reader.assign([USAGE]):
             counted = counting([event async for event in _events(reader, partition, span[0])])
@@ -148,6 +154,15 @@ async def reprice(
                     waits.clear()
             await asyncio.gather(*waits)
     return dict(sorted(found.items()))
+
+
+def _note(span: tuple[int, int], prices: Mapping[str, Price], actor: str, reason: str) -> ControlCommand:
+    of = datetime.fromtimestamp(span[0] / 1000, UTC).strftime("%Y-%m")
+    detail = {
+        f"model {model}": f"v{one.version}: {one.input} in, {one.cached} cached, {one.output} out, {one.currency}"
+        for model, one in prices.items()
+    }
+    return audit.note("reprice", "usage", of, actor=actor, reason=reason, **detail)
 
 
 async def _events(reader: LogReader, partition: TopicPartition, since_ms: int) -> AsyncIterator[UsageEvent]:

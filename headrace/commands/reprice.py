@@ -12,6 +12,7 @@ from rich.table import Table
 
 from headrace import sql
 from headrace.commands.failures import plain_failures
+from headrace.commands.records import ACTOR
 from headrace.local import resolve
 from headrace.reprice import BadPrices, Difference, NewPrice, load_prices, month
 from headrace.reprice import reprice as run_reprice
@@ -28,6 +29,7 @@ def reprice(
     currency: Annotated[str, typer.Option("--currency")] = "USD",
     version: Annotated[int | None, typer.Option("--version", help="Number of the price.")] = None,
     write: Annotated[bool, typer.Option("--write", help="Write it; without this it is only shown.")] = False,
+    reason: Annotated[str, typer.Option("--reason", help="Why, for the audit trail.")] = "",
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
     ] = None,
@@ -40,7 +42,7 @@ def reprice(
             new[model] = _one(input_price, output_price, cached_price, currency, version)
         if not new:
             raise BadPrices("give --prices FILE, or --model with --input, --output and --version")
-        found = asyncio.run(run_reprice(resolve(data_dir), span, new, write=write))
+        found = asyncio.run(run_reprice(resolve(data_dir), span, new, write=write, actor=ACTOR, reason=reason))
     typer.echo(shown(found))
     if found and not write:
         typer.echo("nothing was written; run it again with --write")

@@ -59,6 +59,15 @@ async def test_usage_is_the_keys_own_and_a_month_can_be_priced_anew(stack: Stack
         assert "wrote" in stack.run("reprice", "--month", month, "--prices", str(prices), "--write").stdout
         assert "nothing changes" in stack.run("reprice", "--month", month, "--prices", str(prices)).stdout
 
+        async def audited() -> dict[str, object] | None:
+            told = (await api.get(f"/admin/audit?kind=usage&key={month}")).json()["data"]
+            return told[0] if told else None
+
+        trail = await until(audited, "the trail has it")
+        assert (trail["action"], trail["detail"]) == (
+            "reprice", {"model bench": "v900: 2 in, 2 cached, 20 out, USD"},
+        )  # fmt: skip
+
         async def dearer() -> bool:
             data = (await one.get("/v1/usage")).json()["data"]
             return [Decimal(found["cost"]) for found in data] == [4 * each]
