@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from clickhouse.projection import Outcome, Projection
 from clickhouse.rollups import Rollups
 from clickhouse.rows import TOPICS
 from headrace import metrics
+from headrace.cancellation import end
 from headrace.control_client import command
 from headrace.erasure_log import ErasureLog
 from headrace.settings import Settings
@@ -41,10 +42,12 @@ log = structlog.get_logger(__name__)
 ROLE = "sink"
 GROUP = "headrace-sink"
 POLL_S = 0.5
+"""Longest wait for records, and so the longest wait before a wish to stop is seen."""
+LAST_S = 2.0
+"""How long a role that is to stop goes on with what it is at; brokers or ClickHouse may be away."""
 FETCH_WAIT_MS = 400
 FETCH_MIN_BYTES = 16 * 1024
 """The brokers answer a fetch with this much, or after that long: rows wait for company, not each for a fetch."""
-"""Longest wait for records, and so the longest wait before a wish to stop is seen."""
 ERASE_EVERY_S = 1.0
 """How often an idle sink looks for erasures; one that writes looks before each batch."""
 ERASE_AGAIN_MS = 3_600_000
@@ -59,7 +62,7 @@ T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """The role is to stop while it waits for ClickHouse; what is not committed will be read again."""
+    """The role is to stop while it waits for ClickHouse or the brokers; what is not committed will be read again."""
 
 
 class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -141,7 +144,7 @@ class Sink:
     async def _work(self) -> None:
         now = asyncio.get_running_loop().time
         batch, seen = Batch(self._limits), self._rebalances.count
-        await self._erase(at_start=True)
+        await self._before_the_end(self._erase(at_start=True))
         looked = now()
         while not (self._stop.is_set() and not batch):
             due = batch.due_in(now())
@@ -153,12 +156,24 @@ class Sink:
                 for records in got.values():
                     batch.add(records, now())
                 if now() - looked >= ERASE_EVERY_S:
-                    await self._erase()
+                    await self._before_the_end(self._erase())
                     looked = now()
                 continue
             started = now()
-            await self._flush(batch)
+            await self._before_the_end(self._flush(batch))
             batch = Batch(self._limits, last_flush_s=started)
+
+    async def _before_the_end(self, step: Coroutine[None, None, None]) -> None:
+        """Do a step, for `LAST_S` more when the role is to stop meanwhile. Raises `Stopped` when that was too short."""
+        doing, stopping = asyncio.create_task(step), asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait((doing, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((doing,), timeout=LAST_S)
+            if not doing.done():
+                raise Stopped
+            doing.result()
+        finally:
+            await end(doing, stopping)
 
     async def _flush(self, batch: Batch) -> None:
         outcome = await self._until_durable(batch)
@@ -173,9 +188,9 @@ class Sink:
         if oldest is not None:
             metrics.SINK_DELAY_SECONDS.observe(max(0.0, time.time() - oldest / 1000))
         for partition in self._consumer.assignment():
-            end = self._consumer.highwater(partition)
-            if end is not None:
-                lag = max(0, end - batch.offsets().get(partition, end))
+            last = self._consumer.highwater(partition)
+            if last is not None:
+                lag = max(0, last - batch.offsets().get(partition, last))
                 metrics.SINK_LAG.labels(topic=partition.topic, partition=str(partition.partition)).set(lag)
         log.debug("sink_batch", rows=outcome.written, void=outcome.void, bytes=batch.bytes)
 
