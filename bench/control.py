@@ -74,10 +74,11 @@ async def measured(conf: Settings, role: psutil.Process, changes: int) -> Report
         await control.submit([command(App("bench", "bench"), actor="bench")])
     redis = connect(conf.redis_url)
     projection = Projection(redis)
-    sent = [
-        command(Key(f"k{n}", hashlib.sha256(b"%d" % n).hexdigest(), "bench", f"key {n}"), actor="bench")
+    keys = (
+        Key(id=f"k{n}", sha256=hashlib.sha256(b"%d" % n).hexdigest(), name=f"key {n}", app="bench")
         for n in range(changes)
-    ]
+    )
+    sent = [command(key, actor="bench") for key in keys]
     want = (await projection.state()).offsets.get(KEYS, 0) + changes
     started, before = datetime.now(UTC).isoformat(timespec="seconds"), sum(role.cpu_times()[:2])
     async with Producer(conf.kafka, "bench") as producer:

@@ -52,28 +52,38 @@ _READ_SOME = (
 _APPLY = (
     LUA_STATE
     + """
-if whole == 0 then return 'incomplete' end
-local kind, key, topic, offset, value = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
-local base = 'hr:'..gen..':'
-if offset < tonumber(redis.call('HGET', base..'offsets', topic) or '0') then return 'known' end
-if kind == 'keys' then
-  local before = redis.call('HGET', base..kind, key)
-  if before then redis.call('HDEL', base..'key_ids', cjson.decode(before).id) end
-  if value then redis.call('HSET', base..'key_ids', cjson.decode(value).id, key) end
-elseif kind == 'users' then
-  local before = redis.call('HGET', base..kind, key)
-  if before then
-    local email = cjson.decode(before).email
-    if redis.call('HGET', base..'user_emails', email) == key then redis.call('HDEL', base..'user_emails', email) end
+local outcomes, changed = {}, false
+for i = 1, #ARGV, 6 do
+  local kind, key, topic, offset, value = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), nil
+  if ARGV[i + 4] == '1' then value = ARGV[i + 5] end
+  if whole == 0 then
+    outcomes[#outcomes + 1] = 'incomplete'
+  elseif offset < tonumber(redis.call('HGET', 'hr:'..gen..':offsets', topic) or '0') then
+    outcomes[#outcomes + 1] = 'known'
+  else
+    local base = 'hr:'..gen..':'
+    if kind == 'keys' then
+      local before = redis.call('HGET', base..kind, key)
+      if before then redis.call('HDEL', base..'key_ids', cjson.decode(before).id) end
+      if value then redis.call('HSET', base..'key_ids', cjson.decode(value).id, key) end
+    elseif kind == 'users' then
+      local before = redis.call('HGET', base..kind, key)
+      if before then
+        local email = cjson.decode(before).email
+        if redis.call('HGET', base..'user_emails', email) == key then redis.call('HDEL', base..'user_emails', email) end
+      end
+      if value then redis.call('HSET', base..'user_emails', cjson.decode(value).email, key) end
+    end
+    if kind ~= '' then
+      if value then redis.call('HSET', base..kind, key, value) else redis.call('HDEL', base..kind, key) end
+    end
+    redis.call('HSET', base..'offsets', topic, string.format('%.0f', offset + 1))
+    outcomes[#outcomes + 1] = 'applied'
+    changed = true
   end
-  if value then redis.call('HSET', base..'user_emails', cjson.decode(value).email, key) end
 end
-if kind ~= '' then
-  if value then redis.call('HSET', base..kind, key, value) else redis.call('HDEL', base..kind, key) end
-end
-redis.call('HSET', base..'offsets', topic, string.format('%.0f', offset + 1))
-redis.call('PUBLISH', 'hr:changes', redis.call('INCR', base..'version'))
-return 'applied'
+if changed then redis.call('PUBLISH', 'hr:changes', redis.call('INCR', 'hr:'..gen..':version')) end
+return outcomes
 """
 )
 
@@ -185,11 +195,10 @@ class Projection:
         """Put records into force one after the other, some hundred in each round trip; what became of each."""
         outcomes: list[Outcome] = []
         for start in range(0, len(records), _CHUNK):
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for one in records[start : start + _CHUNK]:
-                    value = () if one.value is None else (one.value,)
-                    await self._apply(args=[one.kind, one.key, one.topic, one.offset, *value], client=pipe)
-                outcomes += [Outcome(text(answer)) for answer in await pipe.execute()]
+            arguments: list[str | bytes | int] = []
+            for one in records[start : start + _CHUNK]:
+                arguments += (one.kind, one.key, one.topic, one.offset, int(one.value is not None), one.value or b"")
+            outcomes += [Outcome(text(answer)) for answer in await self._apply(args=arguments)]
         return outcomes
 
     async def records(self, kind: str) -> list[bytes]:

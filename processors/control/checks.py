@@ -84,8 +84,7 @@ def check_user(state: ControlState, key: str, user: User) -> None:
     check(not user.password_hash or user.password_hash.startswith("$argon2id$"), f"{who}: its password is not argon2id")
     unknown = [name for name in user.apps if name not in state.apps]
     check(not unknown or not user.enabled, f"{who}: there is no app {', '.join(map(repr, unknown))}")
-    taken = any(other.email == user.email for other in state.users.values() if other.id != key)
-    check(not taken, f"{who}: another user has the e-mail address {user.email!r}")
+    check(state.emails.get(user.email, key) == key, f"{who}: another user has the e-mail address {user.email!r}")
 
 
 def _check_limits(who: str, limits: Limited) -> None:
@@ -102,8 +101,7 @@ def check_key(state: ControlState, key: str, record: Key) -> None:
     check(len(key) == 64 and set(key) <= digits, f"key {record.name!r}: its SHA-256 is not 64 lower-case hex digits")
     check(record.role in ROLES, f"key {record.name!r}: unknown role {record.role!r}; known are {', '.join(ROLES)}")
     _check_limits(f"key {record.name!r}", record)
-    twin = next((held for held in state.keys.values() if held.id == record.id and held.sha256 != key), None)
-    check(twin is None, f"key {record.name!r}: its id {record.id!r} is another key's")
+    check(state.key_ids.get(record.id, key) == key, f"key {record.name!r}: its id {record.id!r} is another key's")
     owned = not record.owner_id or record.owner_id in state.users or not record.enabled
     check(owned, f"key {record.name!r}: there is no user {record.owner_id!r}")
     check(record.app in state.apps or not record.enabled, f"key {record.name!r}: there is no app {record.app!r}")

@@ -33,6 +33,10 @@ class ControlState:
     erasures: dict[str, Erasure] = field(default_factory=dict)
     prices: dict[str, Price] = field(default_factory=dict)
     """The newest price that each model ever had, also of models that are gone."""
+    key_ids: dict[str, str] = field(default_factory=dict)
+    """Id of a key -> its SHA-256."""
+    emails: dict[str, str] = field(default_factory=dict)
+    """Address of a user -> its id."""
 
     def put(self, write: Write) -> None:
         """Take in a record of a compacted topic. Raises `msgspec.DecodeError` when it is not one."""
@@ -43,10 +47,19 @@ class ControlState:
                     self.prices[model] = price
             return
         held: dict[str, Record] = getattr(self, write.kind)
+        before = held.get(write.key)
+        if isinstance(before, Key) and self.key_ids.get(before.id) == before.sha256:
+            del self.key_ids[before.id]
+        elif isinstance(before, User) and self.emails.get(before.email) == before.id:
+            del self.emails[before.email]
         if write.value is None:
             held.pop(write.key, None)
-        else:
-            held[write.key] = msgspec.json.decode(write.value, type=RECORDS[write.kind])
+            return
+        record = held[write.key] = msgspec.json.decode(write.value, type=RECORDS[write.kind])
+        if isinstance(record, Key):
+            self.key_ids[record.id] = record.sha256
+        elif isinstance(record, User):
+            self.emails[record.email] = record.id
 
     @classmethod
     def of(cls, records: Mapping[str, Mapping[str, bytes]]) -> ControlState:
