@@ -29,6 +29,8 @@ from schemas.signin import Me, PasswordChange, Refresh, SignInBody, Tokens
 router = guard.router(prefix="/auth", tags=["sign-in"])
 
 WRONG = "The e-mail address or the password is wrong."
+UNKNOWN = "unknown"
+"""In the audit trail, for accounts that are not there: they take as long as others, and so are written down too."""
 NO_STORE = {"cache-control": "no-store"}
 REFUSALS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The body is malformed."},
@@ -79,25 +81,30 @@ async def sign_in(request: Request) -> Response:
     services: Services = request.app.state.services
     body = await _body(request, SignInBody, {"username": "email", "password": "password"})
     email = body.email.strip().lower()
-    address = request.client.host if request.client is not None else ""
+    address = _address(request)
     attempt = await services.attempts.begin(email, address)
     user = await services.registry.user_by_email(email)
     # An account that is not there takes as long as one that is.
     right = await hashing.is_right(body.password, user.password_hash if user is not None else "")
-    if user is None:
-        raise WrongPassword(WRONG)  # Not written down: it may be a password in the wrong field.
-    if not right or not user.enabled:
+    if not right or user is None or not user.enabled:
         await _write_down(services, user, "sign_in", outcome="refused", address=address)
         raise WrongPassword(WRONG)
-    await _write_down(services, user, "sign_in", address=address)
     await services.attempts.succeeded(attempt)
+    await _write_down(services, user, "sign_in", address=address)
     return await _begin(services, user)
 
 
-async def _write_down(services: Services, user: User, action: str, *, outcome: str = "done", **detail: str) -> None:
-    actor = Principal.of_user(user, "").actor if outcome == "done" else "nobody"
-    said = audit.note(action, "sessions", user.id, actor=actor, outcome=outcome, **detail)
-    await audit.record(services.producer, said)
+def _address(request: Request) -> str:
+    return request.client.host if request.client is not None else ""
+
+
+async def _write_down(
+    services: Services, user: User | None, action: str, *, outcome: str = "done", **detail: str
+) -> None:
+    """Into the audit trail. None is an account that is not there; what was typed may be a password, and is not said."""
+    actor = Principal.of_user(user, "").actor if user is not None and outcome == "done" else "nobody"
+    key = user.id if user is not None else UNKNOWN
+    await audit.record(services.producer, audit.note(action, "sessions", key, actor=actor, outcome=outcome, **detail))
 
 
 async def _begin(services: Services, user: User) -> Response:
@@ -165,7 +172,7 @@ async def change_password(request: Request, body: PasswordChange, who: Who) -> R
     services: Services = request.app.state.services
     user = who.user
     assert user is not None, "sessions are users'"  # noqa: S101
-    attempt = await services.attempts.begin(user.email, request.client.host if request.client is not None else "")
+    attempt = await services.attempts.begin(user.email, _address(request))
     if not await hashing.is_right(body.current_password, user.password_hash):
         await _write_down(services, user, "sign_in", outcome="refused", reason="to change its password")
         raise WrongPassword("The current password is wrong.")

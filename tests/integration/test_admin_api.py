@@ -234,6 +234,8 @@ async def test_signing_in_and_out_is_in_the_audit_trail(stack: Stack, admin: htt
         ("sign_in", "refused", "nobody"),
     ]  # fmt: skip
     assert failed["detail"]["address"] == "127.0.0.1"
+    unnamed = (await admin.get("/admin/audit?kind=sessions&key=unknown")).json()["data"]
+    assert unnamed[0]["outcome"] == "refused", "an account that is not there takes the same way"
     everything = (await admin.get("/admin/audit?kind=sessions&limit=500")).text
     assert PASSWORD not in everything, "a password in the wrong field is in no trail"
 
