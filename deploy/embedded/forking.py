@@ -54,7 +54,7 @@ def _fork_and_leave(tell: int) -> None:
 
 
 def _wait_for_adoption(supervisor: int) -> None:
-    """Return when this process is the supervisor's child; end it if that never comes."""
+    """Return when this process is the supervisor's child; end it if that never comes. No event tells of it."""
     deadline = time.monotonic() + _ADOPTION_SECONDS
     while os.getppid() != supervisor and time.monotonic() < deadline:
         time.sleep(0.001)

@@ -144,7 +144,7 @@ class Nursery:
             self._process = None
 
 
-def bury_orphans(known: Container[int]) -> None:
+def bury_orphans(known: Container[int | None]) -> None:
     """Wait for the dead that nobody knows: what dead roles had started was given to this process with them."""
     own = os.getsid(0)
     with contextlib.suppress(ChildProcessError, ProcessLookupError):

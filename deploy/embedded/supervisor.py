@@ -151,7 +151,7 @@ class Supervisor:
         if self._nursery.ended():
             self._report("the nursery ended; another one is started")
             self._reopening = asyncio.create_task(self._nursery.open())
-        bury_orphans({pid for child in self._children.values() if (pid := child.pid)})
+        bury_orphans({self._nursery.pid, *(child.pid for child in self._children.values())})
 
     def _plan_restart(self, child: Child, code: int | None = None) -> None:
         name = child.spec.name

@@ -22,11 +22,11 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="there is a nursery on Linux alone")
 
 
-def spec(name: str, what: str, **options: object) -> ChildSpec:
+def spec(name: str, what: str, *, nice: int = 0) -> ChildSpec:
     code = f"import sys; from tests.support.nursling import main; sys.exit(main('{what}'))"
     return ChildSpec(
         name, (sys.executable, "-c", code), call=("tests.support.nursling:main", what), env={"NURSLING": name},
-        **options,  # type: ignore[arg-type]
+        nice=nice,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.stacks import Stack, running_stack
+from tests.support.stacks import Stack, paid_model, running_stack
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -18,22 +18,13 @@ Note = Callable[..., None]
 
 PRICE = {"input": "1.50", "output": "7.25", "cached": "0.30"}
 """Of `paid`, in dollars a million tokens."""
-PAID = f"""
-[[models]]
-id = "paid"
-provider = "bench"
-backend_tag = "bench"
-context_length = 131072
-max_concurrency = 2000
-price = {{ input = "{PRICE["input"]}", output = "{PRICE["output"]}", cached = "{PRICE["cached"]}" }}
-"""
 
 
 @pytest.fixture(scope="session")
 def victim(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
     """A stack with two ingresses whose processes are killed."""
     directory = tmp_path_factory.mktemp("victim")
-    with running_stack(directory, upstream_url, models=PAID, replicas={"ingress": 2}) as made:
+    with running_stack(directory, upstream_url, models=paid_model(**PRICE), replicas={"ingress": 2}) as made:
         yield made
 
 

@@ -29,22 +29,13 @@ from tests.conftest import MakeStack
 from tests.support.accounts import settled
 from tests.support.chat import Api, body, fresh
 from tests.support.publishing import sealed
-from tests.support.stacks import Stack
+from tests.support.stacks import Stack, paid_model
 from tests.support.waiting import until
 from topics import request_log
 from topics.catalogue import LOG, REQUESTS
 from topics.clients import LogReader, Producer
 from topics.envelope import Envelope
 
-MODEL = """\
-[[models]]
-id = "paid"
-provider = "bench"
-backend_tag = "bench"
-context_length = 131072
-max_concurrency = 2000
-price = { input = "0", output = "10.00" }
-"""
 TOKENS = 20
 COST = Decimal("0.0002")
 """Of `TOKENS` tokens."""
@@ -52,7 +43,7 @@ COST = Decimal("0.0002")
 
 @pytest.fixture(scope="module")
 def trio(make_stack: MakeStack) -> Stack:
-    return make_stack(models=MODEL, replicas={"ingress": 3})
+    return make_stack(models=paid_model(input="0", output="10.00"), replicas={"ingress": 3})
 
 
 class Account:

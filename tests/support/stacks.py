@@ -284,6 +284,20 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
 
 
+def paid_model(**price: str) -> str:
+    """The configuration of `paid`, a model on the numbered upstream, at a price in dollars a million tokens."""
+    amounts = ", ".join(f'{name} = "{amount}"' for name, amount in price.items())
+    return f"""
+[[models]]
+id = "paid"
+provider = "bench"
+backend_tag = "bench"
+context_length = 131072
+max_concurrency = 2000
+price = {{ {amounts} }}
+"""
+
+
 def closed_port() -> int:
     """A port that nothing listens on: below the ranges of stacks and of outgoing connections."""
     return next(port for port in range(1_024 + 7, 20_000) if is_free("127.0.0.1", port))
@@ -321,4 +335,4 @@ def running_infra(data_dir: Path) -> Iterator[Settings]:
     assert code == 0
 
 
-__all__ = ["Stack", "running_infra", "running_stack", "upstream"]
+__all__ = ["Stack", "paid_model", "running_infra", "running_stack", "upstream"]
