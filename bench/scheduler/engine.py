@@ -4,6 +4,10 @@ A load takes its model's `load_s` on its device, one after another there; stream
 request is prefilled, then decoded, at its model's rates. Nothing here decides: policies call `load`, `unload`, `start`,
 `stop`, `requeue` and `end`, and are told what came of it by events of their own, never from inside a call. Times are
 whole milliseconds from the beginning of the workload.
+
+Training jobs hold memory from `train` until they are done or, told to `yield_training`, have written their checkpoint.
+Policies that know nothing of training `reserve` memory for a job, as an operator does who starts it beside the server:
+it begins where memory is free that nobody else takes, and keeps it until it is done.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from functools import partial
 from itertools import count
 from typing import Protocol
 
-from bench.scheduler.workload import Arrival, Fault, ModelSpec, Workload
+from bench.scheduler.workload import Arrival, Fault, ModelSpec, TrainingSpec, Workload
 
 UNLOAD_MS = 200
 """From the order to unload until the memory is free. Ollama waits 0.5-1.5 s for it on CUDA (its server/sched.go)."""
@@ -95,6 +99,36 @@ class Replica:
         return self.state is State.ACTIVE and len(self.running) < self.model.max_concurrency
 
 
+class Training:
+    """A training job on its way."""
+
+    __slots__ = ("began_ms", "begun", "device", "leaving", "reserves", "run", "saved_ms", "spec")
+
+    def __init__(self, spec: TrainingSpec) -> None:
+        self.spec = spec
+        self.device: Device | None = None
+        """Where it holds memory."""
+        self.leaving = False
+        """Whether it writes its checkpoint."""
+        self.reserves = False
+        """Whether it begins by itself, where memory is free."""
+        self.began_ms = 0
+        self.saved_ms = 0
+        """Work that is done and will not be lost."""
+        self.run = 0
+        """Counts its beginnings and ends, so that events of an earlier run are known as such."""
+        self.begun = 0
+
+    @property
+    def left_ms(self) -> int:
+        """Work that is to be done; 0 when it is done."""
+        return round(self.spec.seconds * 1000) - self.saved_ms
+
+    def trained_ms(self, now_ms: int) -> int:
+        """Work that is done, also what is not saved."""
+        return self.saved_ms + (now_ms - self.began_ms if self.device is not None and not self.leaving else 0)
+
+
 class Device:
     """Memory, and one load at a time."""
 
@@ -137,6 +171,12 @@ class Policy(Protocol):
     def on_freed(self, replica: Replica) -> None:
         """An unloaded model's memory is free."""
 
+    def on_training(self, job: Training) -> None:
+        """A training job is there."""
+
+    def on_training_left(self, job: Training) -> None:
+        """A training job is done, or has left as it was told; its memory is free."""
+
     def on_lost(self, device: Device, lost: list[Job]) -> None:
         """A device is gone with all it held; `lost` ran there and is open."""
 
@@ -156,6 +196,7 @@ class Engine:
         self.devices = {spec.id: Device(spec.id, spec.bytes) for spec in workload.devices}
         self.models = {spec.id: spec for spec in workload.models}
         self.jobs = {spec.id: Job(spec) for spec in workload.arrivals}
+        self.trainings = {spec.id: Training(spec) for spec in workload.training}
         self.loads = 0
         self.swaps = 0
         self.loading_ms = 0
@@ -168,6 +209,8 @@ class Engine:
         self._policy = policy(self)
         for job in sorted(self.jobs.values(), key=lambda job: job.arrived_ms):
             self._at(job.arrived_ms, partial(self._arrive, job))
+        for training in self.trainings.values():
+            self._at(round(training.spec.t * 1000), partial(self._policy.on_training, training))
         for fault in workload.faults:
             self._at(round(fault.t * 1000), partial(self._strike, fault))
 
@@ -218,6 +261,7 @@ class Engine:
             device.fail_next = False
             self._drop(replica)
             self._policy.on_load_failed(replica)
+            self._begin_reserved()
             return
         replica.state, replica.used_ms = State.ACTIVE, self.now_ms
         self._policy.on_loaded(replica)
@@ -233,11 +277,59 @@ class Engine:
         if replica.state is not State.GONE:
             self._drop(replica)
             self._policy.on_freed(replica)
+            self._begin_reserved()
 
     def _drop(self, replica: Replica) -> None:
         replica.state = State.GONE
         del replica.device.replicas[replica.model.id]
         replica.device.held -= replica.model.bytes
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def train(self, job: Training, device: Device) -> None:
+        """Begin a job, or go on with it; the bytes are held from now on. The device must be up and have them."""
+        size = job.spec.bytes
+        assert job.device is None and job.left_ms, f"{job.spec.id} trains already, or is done"
+        assert device.up and size <= device.free, f"{device.id} is oversold: {size} bytes of {device.free}"
+        device.held += size
+        job.device, job.leaving, job.began_ms = device, False, self.now_ms
+        job.run += 1
+        job.begun += 1
+        self.after(job.left_ms, partial(self._trained, job, job.run))
+
+    def yield_training(self, job: Training) -> None:
+        """Have a job that trains write its checkpoint and leave; `on_training_left` comes when it has."""
+        assert job.device is not None and not job.leaving, f"{job.spec.id} does not train"
+        job.saved_ms, job.leaving = job.trained_ms(self.now_ms), True
+        self.after(round(job.spec.notice_s * 1000), partial(self._training_left, job, job.run))
+
+    def reserve(self, job: Training) -> None:
+        """Begin a job as soon as memory is free, and let it keep that until it is done."""
+        job.reserves = True
+        self._begin_reserved()
+
+    def _begin_reserved(self) -> None:
+        for job in self.trainings.values():
+            roomy = max(self.devices.values(), key=lambda device: device.free)
+            if job.reserves and job.device is None and job.left_ms and roomy.free >= job.spec.bytes:
+                self.train(job, roomy)
+
+    def _trained(self, job: Training, run: int) -> None:
+        if job.run == run and not job.leaving:
+            job.saved_ms = job.trained_ms(self.now_ms)
+            self._training_left(job, run)
+
+    def _training_left(self, job: Training, run: int) -> None:
+        if job.run == run:
+            self._stop_training(job)
+            self._policy.on_training_left(job)
+            self._begin_reserved()
+
+    def _stop_training(self, job: Training) -> None:
+        assert job.device is not None
+        job.device.held -= job.spec.bytes
+        job.device, job.leaving = None, False
+        job.run += 1
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -314,6 +406,7 @@ class Engine:
         elif fault.kind == "worker_back" and not device.up:
             device.up = True
             self._policy.on_back(device)
+            self._begin_reserved()
         elif fault.kind == "worker_lost" and device.up:
             lost = [job for replica in device.replicas.values() for job in replica.running.values()]
             for job in lost:
@@ -321,5 +414,8 @@ class Engine:
             for replica in list(device.replicas.values()):
                 self._drop(replica)
             device.loads.clear()
+            for training in self.trainings.values():
+                if training.device is device:
+                    self._stop_training(training)
             device.up = device.fail_next = False
             self._policy.on_lost(device, lost)

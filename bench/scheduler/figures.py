@@ -36,6 +36,17 @@ class RequestFigures(msgspec.Struct):
     """The last that it ran on; empty if none."""
 
 
+class TrainingFigures(msgspec.Struct):
+    """One training job."""
+
+    id: str
+    trained_s: float
+    """Of its work, what was done when the last request had its outcome."""
+    begun: int
+    """How often it began, or went on after it had given way."""
+    done: bool
+
+
 class Figures(msgspec.Struct, kw_only=True):
     """One run of one policy."""
 
@@ -64,6 +75,12 @@ class Figures(msgspec.Struct, kw_only=True):
     tenants: dict[str, int]
     """Prompt and completion tokens that each was served."""
     requests: list[RequestFigures]
+    training: list[TrainingFigures]
+
+    @property
+    def trained_share(self) -> float:
+        """Mean share of the run in which a training job trained; 0 where there is none."""
+        return sum(job.trained_s for job in self.training) / (len(self.training) * self.seconds or 1)
 
 
 def figures(engine: Engine, policy: str, seed: int) -> Figures:
@@ -93,6 +110,10 @@ def figures(engine: Engine, policy: str, seed: int) -> Figures:
         outcomes=dict(sorted(outcomes.items())),
         tenants=dict(sorted(served.items())),
         requests=[_of_request(job) for job in jobs],
+        training=[
+            TrainingFigures(job.spec.id, job.trained_ms(engine.now_ms) / 1000, job.begun, not job.left_ms)
+            for job in engine.trainings.values()
+        ],
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from bench.scheduler.catalogue import CARD_BYTES, model, most_popular
-from bench.scheduler.workload import Arrival, DeviceSpec, Fault, ModelSpec, TenantSpec, Workload
+from bench.scheduler.workload import Arrival, DeviceSpec, Fault, ModelSpec, TenantSpec, TrainingSpec, Workload
 
 Priority = Literal["interactive", "standard", "batch"]
 
@@ -28,6 +28,9 @@ BURST_S, PAUSE_S = 10.0, 50.0
 """A bursty model is asked for in bursts of about this long, about this far apart."""
 GREEDY_SHARE = 0.7
 """Of all requests, what the greedy tenant sends."""
+
+TRAINING_BYTES, NOTICE_S = 10 * 1024**3, 5.0
+"""QLoRA of a model of 7 to 8 billion parameters, and its writing of a checkpoint: our assumptions."""
 
 LOST_S = 30.0
 FAULTS_S = 240.0
@@ -49,6 +52,8 @@ class Shape(NamedTuple):
     bursty: bool = False
     tenants: Sequence[tuple[str, float]] = (("a", 1.0), ("b", 1.0), ("c", 1.0), ("d", 1.0))
     """Each with its share of the requests, in proportion."""
+    training: int = 0
+    """Training jobs that want memory from the beginning on, each for longer than requests come."""
     faulty: bool = False
     """Whether the devices are lost in turn, each for `LOST_S` every `FAULTS_S`, and a load fails in between."""
 
@@ -63,6 +68,7 @@ SHAPES: dict[str, Shape] = {
     "zipf-10": Shape("10 models, skewed, on two cards", most_popular(10), 2, 0.2, zipf=ZIPF),
     "zipf-30": Shape("30 models, skewed, on four cards", most_popular(30), 4, 0.5, zipf=ZIPF),
     "tenants": Shape("5 models on one card, one tenant sends most", most_popular(5), 1, 0.1, tenants=GREEDY),
+    "training": Shape("5 models on two cards, with two jobs that train", most_popular(5), 2, 0.1, training=2),
     "faults": Shape(
         "10 models, skewed, on three cards that are lost in turn", most_popular(10), 3, 0.2, zipf=ZIPF, faulty=True
     ),
@@ -85,6 +91,7 @@ def generate(name: str, *, rate: float, seed: int, seconds: float = SECONDS) -> 
         tenants=[TenantSpec(tenant) for tenant, _ in shape.tenants],
         arrivals=[_arrival(rng, shape, number, at, spec) for number, (at, spec) in enumerate(asked)],
         faults=list(_trouble(shape.devices, seconds)) if shape.faulty else [],
+        training=[TrainingSpec(0, f"t{at}", TRAINING_BYTES, 2 * seconds, NOTICE_S) for at in range(shape.training)],
     )
 
 

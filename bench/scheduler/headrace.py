@@ -12,28 +12,35 @@ from collections import deque
 from functools import partial
 from itertools import count
 
-from bench.scheduler.engine import Device, Engine, Job, Replica, State
+from bench.scheduler.engine import Device, Engine, Job, Replica, State, Training
 from bench.scheduler.workload import ModelSpec
 from processors.scheduler.messages import (
     Action,
     Arrived,
     Assign,
     AttemptReady,
+    BeginTraining,
     CancelAsked,
     CancelRunning,
     End,
     Event,
     Finished,
     Grant,
+    GrantTraining,
     LeaseGranted,
     Load,
+    NoticeTraining,
     Recover,
     SendTerm,
     Tick,
+    TrainingAsked,
+    TrainingDone,
+    TrainingGranted,
     Unload,
     WorkerSeen,
 )
 from processors.scheduler.policy import step
+from processors.scheduler.state import Job as TrainingJob
 from processors.scheduler.state import LeaseState, Pool, Request
 from schemas import control, events
 
@@ -65,6 +72,10 @@ def as_model(spec: ModelSpec) -> control.Model:
     )
 
 
+def _notice_ms(job: Training) -> int:
+    return round(job.spec.notice_s * 1000)
+
+
 class _Worker:
     """The worker process on a device, as it reports itself."""
 
@@ -80,6 +91,8 @@ class _Worker:
         """Model -> epoch of a lease whose load failed."""
         self.attempts: dict[str, int] = {}
         """Request -> the attempt that runs."""
+        self.trainers: dict[str, tuple[Training, int]] = {}
+        """Training job -> the job, and the epoch of the lease that it was last begun under."""
 
     def status(self, engine: Engine) -> events.WorkerStatus:
         """What it would report now."""
@@ -105,7 +118,12 @@ class _Worker:
             running=running,
             devices=[events.Device(self.device.id, self.device.bytes, [PROVIDER])],
             fence=self.fence,
+            trainers=[self._trainer(job, epoch) for job, epoch in self.trainers.values()],
         )
+
+    def _trainer(self, job: Training, epoch: int) -> events.Trainer:
+        left = job.device is not self.device
+        return events.Trainer(job.spec.id, epoch, self.device.id, job.spec.bytes, _notice_ms(job), left=left)
 
     def _resident(self, replica: Replica) -> events.Resident:
         model = replica.model
@@ -162,6 +180,16 @@ class Headrace:
     def on_freed(self, replica: Replica) -> None:
         self._report(self._workers[replica.device.id])
 
+    def on_training(self, job: Training) -> None:
+        self._tell(TrainingAsked(TrainingJob(job.spec.id, job.spec.bytes, _notice_ms(job))))
+
+    def on_training_left(self, job: Training) -> None:
+        if not job.left_ms:
+            self._tell(TrainingDone(job.spec.id))
+        for worker in self._workers.values():
+            if worker.alive and job.spec.id in worker.trainers:
+                self._report(worker)
+
     def on_lost(self, device: Device, lost: list[Job]) -> None:
         """Nobody tells the policy: it has to miss the heartbeats."""
         self._workers[device.id].alive = False
@@ -204,6 +232,7 @@ class Headrace:
             any(pool.queues.values())
             or bool(pool.recovering)
             or any(lease.state is not LeaseState.ACTIVE for lease in pool.leases.values())
+            or any(lease.state is not LeaseState.ACTIVE for lease in pool.trainers.values())
             or not all(worker.alive for worker in self._workers.values())
         )
 
@@ -221,6 +250,12 @@ class Headrace:
                 self._unload(action)
             case Assign():
                 self._assign(action)
+            case GrantTraining(worker, _, job_id):
+                self._tell(TrainingGranted(worker, job_id, next(self._epochs)))
+            case BeginTraining():
+                self._train(action)
+            case NoticeTraining():
+                self._yield_training(action)
             case CancelRunning(request_id, _, _, status):
                 job = self._engine.jobs[request_id]
                 if job.replica is not None:
@@ -254,6 +289,18 @@ class Headrace:
         replica = worker.device.replicas.get(unload.model)
         if replica is not None and replica.state is State.ACTIVE:
             self._engine.unload(replica)
+
+    def _train(self, begin: BeginTraining) -> None:
+        worker, job = self._hears(begin.worker, begin.boot), self._engine.trainings[begin.job]
+        if worker is not None:
+            worker.trainers[begin.job] = (job, begin.epoch)
+            self._engine.train(job, worker.device)
+            self._report(worker)
+
+    def _yield_training(self, notice: NoticeTraining) -> None:
+        worker, job = self._hears(notice.worker, notice.boot), self._engine.trainings[notice.job]
+        if worker is not None and job.device is worker.device and not job.leaving:
+            self._engine.yield_training(job)
 
     def _assign(self, assign: Assign) -> None:
         worker = self._hears(assign.worker, assign.boot)

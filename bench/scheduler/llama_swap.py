@@ -13,7 +13,7 @@ llama-swap knows nothing of memory: a model that does not fit beside those fails
 
 from __future__ import annotations
 
-from bench.scheduler.engine import Device, Engine, Job, Replica
+from bench.scheduler.engine import Device, Engine, Job, Replica, Training
 from bench.scheduler.runner import Runner
 from bench.scheduler.workload import ModelSpec
 
@@ -55,6 +55,12 @@ class LlamaSwap:
 
     def on_freed(self, replica: Replica) -> None:
         self._groups[replica.model.id].stopped()
+
+    def on_training(self, job: Training) -> None:
+        self._engine.reserve(job)
+
+    def on_training_left(self, job: Training) -> None:
+        """Nobody waits for memory: what does not fit has failed."""
 
     def on_lost(self, device: Device, lost: list[Job]) -> None:
         """What ran is not tried again."""

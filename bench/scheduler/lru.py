@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from bench.scheduler.engine import Device, Engine, Job, Replica, State
+from bench.scheduler.engine import Device, Engine, Job, Replica, State, Training
 from bench.scheduler.workload import ModelSpec
 
 
@@ -108,6 +108,12 @@ class Lru:
         self._place()
 
     def on_freed(self, replica: Replica) -> None:
+        self._place()
+
+    def on_training(self, job: Training) -> None:
+        self._engine.reserve(job)
+
+    def on_training_left(self, job: Training) -> None:
         self._place()
 
     def on_lost(self, device: Device, lost: list[Job]) -> None:

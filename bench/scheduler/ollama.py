@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import deque
 from functools import partial
 
-from bench.scheduler.engine import Device, Engine, Job, Replica
+from bench.scheduler.engine import Device, Engine, Job, Replica, Training
 from bench.scheduler.runner import Runner
 from bench.scheduler.workload import ModelSpec
 
@@ -136,6 +136,12 @@ class Ollama:
         runner.fail()
         if runner is self._victim:
             self._victim = None
+
+    def on_training(self, job: Training) -> None:
+        self._engine.reserve(job)
+
+    def on_training_left(self, job: Training) -> None:
+        self._pump()
 
     def on_lost(self, device: Device, lost: list[Job]) -> None:
         """What a dead runner had is not tried again."""

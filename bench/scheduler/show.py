@@ -23,6 +23,8 @@ def figures_table(run: Figures) -> Table:
         "swaps, loads": f"{run.swaps}, {run.loads} ({run.loading_s:.1f} s)",
         "Jain's index": f"{run.jain:.3f}",
     }
+    for job in run.training:
+        rows[f"training {job.id}"] = f"{job.trained_s:.0f} s, begun {job.begun} times" + (", done" if job.done else "")
     for name, value in rows.items():
         table.add_row(name, value)
     return table

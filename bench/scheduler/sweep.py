@@ -48,6 +48,8 @@ class Point(msgspec.Struct):
     ttft_p95_s: float
     swaps: float
     jain: float
+    trained_share: float
+    """Of the run, the part in which each training job trained; 0 where there is none."""
     slo_by_seed: list[float]
     shed_by_seed: list[float]
 
@@ -139,6 +141,7 @@ def _point(name: str, policy: str, rate: float, effort: Effort, seed: int) -> Po
         ttft_p95_s=mean([run.ttft_s.p95 for run in runs]),
         swaps=mean([run.swaps for run in runs]),
         jain=mean([run.jain for run in runs]),
+        trained_share=mean([run.trained_share for run in runs]),
         slo_by_seed=[round(run.slo_attainment, 4) for run in runs],
         shed_by_seed=[round(run.shed_rate, 4) for run in runs],
     )

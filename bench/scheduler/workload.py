@@ -73,6 +73,19 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: Name
 
 
+class TrainingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A training job that is there from `t` on: it needs `seconds` on a device, with `bytes` of it, any device.
+
+    It takes `notice_s` to write its checkpoint and leave, after which it can go on where it stopped.
+    """
+
+    t: Seconds
+    id: Name
+    bytes: Positive
+    seconds: Rate
+    notice_s: Seconds = 5.0
+
+
 class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All that a run is given. Tenants that are not listed at all have a weight of 1 each."""
 
@@ -81,6 +94,7 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arrivals: list[Arrival]
     tenants: list[TenantSpec] = []
     faults: list[Fault] = []
+    training: list[TrainingSpec] = []
 
     def weights(self) -> dict[str, float]:
         """The share of each tenant that is listed or asks."""
@@ -104,6 +118,7 @@ def check(workload: Workload) -> None:
     _unique("models", (model.id for model in workload.models))
     _unique("tenants", (tenant.id for tenant in workload.tenants))
     _unique("arrivals", (arrival.id for arrival in workload.arrivals))
+    _unique("training", (job.id for job in workload.training))
     _known("arrivals", "model", [arrival.model for arrival in workload.arrivals], {one.id for one in workload.models})
     if workload.tenants:
         names = [arrival.tenant for arrival in workload.arrivals]

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 from bench.scheduler import speed
 from bench.scheduler.__main__ import app
 from bench.scheduler.engine import Device, Engine, Job, Replica
-from bench.scheduler.figures import Figures, jain
+from bench.scheduler.figures import Figures, TrainingFigures, jain
 from bench.scheduler.generators import SHAPES, generate
 from bench.scheduler.pictures import draw
 from bench.scheduler.policies import POLICIES, simulate
 from bench.scheduler.sweep import Curve, Point, SweepReport, WorkloadSweep, capacity
-from bench.scheduler.workload import Arrival, DeviceSpec, Fault, ModelSpec, Workload, WorkloadError, parse
+from bench.scheduler.workload import Arrival, DeviceSpec, Fault, ModelSpec, TrainingSpec, Workload, WorkloadError, parse
 
 OUTCOMES = {"finished", "rejected", "expired", "abandoned", "failed"}
 
@@ -68,11 +68,12 @@ def test_memory_is_never_oversold(policy: str, monkeypatch: pytest.MonkeyPatch) 
 
     def load(engine: Engine, model: ModelSpec, device: Device) -> Replica:
         replica = real(engine, model, device)
-        seen.append(sum(one.model.bytes for one in device.replicas.values()) / device.bytes)
+        trains = sum(job.spec.bytes for job in engine.trainings.values() if job.device is device)
+        seen.append((trains + sum(one.model.bytes for one in device.replicas.values())) / device.bytes)
         return replica
 
     monkeypatch.setattr(Engine, "load", load)
-    for name in ("zipf-10", "faults"):
+    for name in ("zipf-10", "faults", "training"):
         simulate(generate(name, rate=3, seed=5, seconds=100), policy, load_jitter=0.3)
     assert max(seen) <= 1
     assert policy == "llama-swap" or max(seen) > 0.7
@@ -138,6 +139,48 @@ def test_a_pinned_model_keeps_its_memory(policy: str) -> None:
     done = run(policy, [pinned, model("b"), model("c")], arrivals)
     assert (done["b1"], done["c1"]) == (("finished", 22.1), ("finished", 42.3))
     assert done["a2"] == ("finished", 60.1)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def trained(policy: str, training: list[TrainingSpec], arrivals: list[Arrival], *, size: int = 20, devices: int = 1,
+            faults: list[Fault] | None = None) -> tuple[dict[str, float | None], list[TrainingFigures]]:  # fmt: skip
+    """Request -> seconds at which its first token came; and the training jobs."""
+    specs = [DeviceSpec(f"gpu{at}", size) for at in range(devices)]
+    done = simulate(Workload(specs, [model("a", 15)], arrivals, faults=faults or [], training=training), policy)
+    return {one.id: one.first_token_s for one in done.requests}, done.training
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_job_trains_beside_models_for_which_there_is_room(policy: str) -> None:
+    first, (job,) = trained(policy, [TrainingSpec(1, "t", 5, 7)], [ask(3, "1", "a"), ask(20, "2", "a")])
+    assert first == {"1": 5.1, "2": 20.1}
+    assert job == TrainingFigures("t", 7.0, 1, True)
+
+
+def test_a_job_gives_way_to_a_model_after_its_checkpoint_and_goes_on_when_the_model_is_wanted_no_more() -> None:
+    arrivals = [ask(10, "1", "a"), ask(900, "2", "a")]
+    first, (job,) = trained("headrace", [TrainingSpec(0, "t", 10, 300, notice_s=3)], arrivals)
+    assert first["1"] == 10 + 3 + 2.1
+    assert (job.begun, job.done, job.trained_s) == (2, True, 300)
+
+
+@pytest.mark.parametrize("policy", ["ollama", "ollama-fast-path", "lru"])
+def test_others_leave_a_job_its_memory_until_it_is_done(policy: str) -> None:
+    arrivals = [ask(10, "1", "a"), ask(900, "2", "a")]
+    first, (job,) = trained(policy, [TrainingSpec(0, "t", 10, 100)], arrivals)
+    assert first["1"] == 100 + 2.1
+    assert job == TrainingFigures("t", 100.0, 1, True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_lost_device_had_not_saved_is_trained_again(policy: str) -> None:
+    faults = [Fault(50, "worker_lost", "gpu0"), Fault(60, "worker_back", "gpu0")]
+    _, (job,) = trained(policy, [TrainingSpec(0, "t", 5, 100)], [ask(155, "1", "a"), ask(200, "2", "a")], faults=faults)
+    assert (job.begun, job.done, job.trained_s) == (2, True, 100)
+    _, (early,) = trained(policy, [TrainingSpec(0, "t", 5, 100)], [ask(155, "1", "a")], faults=faults)
+    assert (early.begun, early.done) == (2, False)
 
 
 # --- what each is known for ----------------------------------------------------------------------------------------
@@ -225,7 +268,7 @@ def test_a_request_cut_short_is_not_within_its_slo() -> None:
 
 def test_capacity_is_where_the_curve_falls_through_the_target() -> None:
     def points(*values: float) -> list[Point]:
-        return [Point(2.0**at, value, 0, 0, 0, 0, 0, 1, [value], [0]) for at, value in enumerate(values)]
+        return [Point(2.0**at, value, 0, 0, 0, 0, 0, 1, 0, [value], [0]) for at, value in enumerate(values)]
 
     assert capacity(points(1.0, 0.95, 0.85)) == pytest.approx(2 * 2**0.5)
     assert capacity(points(0.8, 0.5)) is None
@@ -295,7 +338,9 @@ def test_speed_counts_the_steps_of_a_long_queue(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_pictures_hold_every_policy_and_the_target_and_are_the_same_each_time(tmp_path: Path) -> None:
-    points = [Point(rate, value, 0, 0, 0, 0, 0, 1, [value, value], [0, 0.1]) for rate, value in ((1, 0.95), (2, 0.7))]
+    points = [
+        Point(rate, value, 0, 0, 0, 0, 0, 1, 0, [value, value], [0, 0.1]) for rate, value in ((1, 0.95), (2, 0.7))
+    ]
     sweeps = [WorkloadSweep("poisson", "about", [Curve(policy, 1.0, points) for policy in POLICIES])]
     report = SweepReport(started="", quick=True, python="", seed=1, sweeps=sweeps)
     (first,), (again,) = draw(report, tmp_path / "one"), draw(report, tmp_path / "two")
