@@ -2,6 +2,10 @@
 
 set positional-arguments
 
+# Compiled modules are kept, whatever the machine's habit: tests start some hundred processes, and each would compile all
+# that it imports anew.
+export PYTHONDONTWRITEBYTECODE := ""
+
 python := ".venv/bin/python"
 headrace := ".venv/bin/headrace"
 
@@ -24,7 +28,7 @@ test *ARGS: setup
 
 # Tests without I/O
 test-unit *ARGS: setup
-    @{{python}} -m pytest tests/unit "$@"
+    @{{python}} -m pytest -n 2 --dist loadscope tests/unit "$@"
 
 # Kill each role at 20 random moments under load; results as JSON in tests/results
 faults *ARGS: setup

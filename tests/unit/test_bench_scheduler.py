@@ -14,7 +14,6 @@ from bench.scheduler.__main__ import app
 from bench.scheduler.engine import Device, Engine, Job, Replica
 from bench.scheduler.figures import Figures, TrainingFigures, jain
 from bench.scheduler.generators import SHAPES, generate
-from bench.scheduler.pictures import draw
 from bench.scheduler.policies import POLICIES, simulate
 from bench.scheduler.sweep import Curve, Point, SweepReport, WorkloadSweep, capacity
 from bench.scheduler.workload import Arrival, DeviceSpec, Fault, ModelSpec, TrainingSpec, Workload, WorkloadError, parse
@@ -45,8 +44,8 @@ def run(policy: str, models: list[ModelSpec], arrivals: list[Arrival], *, size: 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_same_seed_same_figures_and_every_request_has_an_outcome(name: str, policy: str) -> None:
-    workload = generate(name, rate=4 * SHAPES[name].rate, seed=3, seconds=100)
-    assert workload == generate(name, rate=4 * SHAPES[name].rate, seed=3, seconds=100)
+    workload = generate(name, rate=2 * SHAPES[name].rate, seed=3, seconds=50)
+    assert workload == generate(name, rate=2 * SHAPES[name].rate, seed=3, seconds=50)
     first = simulate(workload, policy, seed=3, load_jitter=0.2)
     assert msgspec.json.encode(first) == msgspec.json.encode(simulate(workload, policy, seed=3, load_jitter=0.2))
     assert {one.id for one in first.requests} == {arrival.id for arrival in workload.arrivals}
@@ -338,6 +337,8 @@ def test_speed_counts_the_steps_of_a_long_queue(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_pictures_hold_every_policy_and_the_target_and_are_the_same_each_time(tmp_path: Path) -> None:
+    from bench.scheduler.pictures import draw  # matplotlib takes 2 s to import
+
     points = [
         Point(rate, value, 0, 0, 0, 0, 0, 1, 0, [value, value], [0, 0.1]) for rate, value in ((1, 0.95), (2, 0.7))
     ]
