@@ -174,7 +174,7 @@ def make_consumer(
 ) -> AIOKafkaConsumer:
     """A consumer without a group, to be assigned by hand; `committed` passes over what transactions took back."""
     return AIOKafkaConsumer(
-        **cluster.options(),
+        **cluster.consumer_options(),
         client_id=client_id,
         group_id=None,
         enable_auto_commit=False,

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 import faust
+from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import ConsumerStoppedError
 from faust.auth import Credentials, SASLCredentials, SSLCredentials
 from faust.transport.drivers import aiokafka as driver
@@ -20,7 +21,7 @@ from faust.types import TP, Message
 from mode.services import Service
 from mode.types import ServiceT
 
-from topics.cluster import Cluster
+from topics.cluster import FETCHER_WAKES_MS, Cluster
 
 YIELD_EVERY = 100
 """Records handed to the stream before the loop runs something else."""
@@ -31,6 +32,11 @@ class LoopConsumer(driver.AIOKafkaConsumerThread):
 
     def __init__(self, consumer: driver.Consumer, **kwargs: Any) -> None:
         super().__init__(consumer, thread_loop=asyncio.get_running_loop(), **kwargs)
+
+    def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:
+        consumer = super()._create_worker_consumer(transport)
+        consumer._consumer_timeout = FETCHER_WAKES_MS / 1000  # which Faust does not pass on
+        return consumer
 
     async def start(self) -> None:
         """Connect, and start this service's timers. Raises `KafkaError` when no broker answers."""

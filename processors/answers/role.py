@@ -62,7 +62,7 @@ class Answers(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
         self._committed: dict[TopicPartition, int] = {}
         self._busy = asyncio.Lock()
         self._consumer = AIOKafkaConsumer(
-            **settings.kafka.options(),
+            **settings.kafka.consumer_options(),
             client_id=settings.instance,
             group_id=GROUP,
             group_instance_id=f"{GROUP}-{settings.instance}",

@@ -32,7 +32,7 @@ from topics.record import Record
 log = structlog.get_logger(__name__)
 
 RETRY_S = 0.25
-FETCH_WAIT_MS = 250
+FETCH_WAIT_MS = 500
 REAP_EVERY_S = 5.0
 REAP_AFTER_MS = 30_000
 """How long a reservation is bound before anybody asks the log whether its request has ended. The log decides."""

@@ -93,7 +93,7 @@ class Sink:
         self._to_erase: list[Erasure] = []
         """Erasures that were asked for and are not yet seen to in the tables."""
         self._consumer = AIOKafkaConsumer(
-            **conf.kafka.options(),
+            **conf.kafka.consumer_options(),
             client_id=f"{ROLE}-{conf.instance}",
             group_id=GROUP,
             group_instance_id=f"{GROUP}-{conf.instance}",
