@@ -69,9 +69,11 @@ class AgentRole:
         *,
         group: str | None = None,
         gather_s: float = 0,
+        max_batch: int = MAX_BATCH,
     ) -> None:
         """`gather_s` lets more records arrive before a batch is handled, where nobody waits for it."""
         self.settings = settings
+        self._max_batch = max_batch
         self._gather_s = gather_s
         self.role = role
         self.topic = topic
@@ -102,7 +104,7 @@ class AgentRole:
                 topic_disable_leader=True,
                 web_enabled=False,
                 stream_wait_empty=False,
-                stream_buffer_maxsize=128,
+                stream_buffer_maxsize=2 * self._max_batch,
                 broker_commit_interval=0.5,
                 broker_session_timeout=SESSION_TIMEOUT_S,
                 broker_heartbeat_interval=1.5,
@@ -156,7 +158,7 @@ class AgentRole:
             await asyncio.Event().wait()
 
     async def _drain(self, stream: StreamT[bytes]) -> None:
-        """Hand over what has arrived, at most `MAX_BATCH` at once and without waiting for more."""
+        """Hand over what has arrived, at most `max_batch` at once and without waiting for more."""
         stream.enable_acks = False
         arrived = stream.events().__aiter__()
         queue = stream.channel.queue  # type: ignore[attr-defined]
@@ -164,7 +166,7 @@ class AgentRole:
             events = [await arrived.__anext__()]
             if self._gather_s:
                 await asyncio.sleep(self._gather_s)
-            while len(events) < MAX_BATCH and not queue.empty():
+            while len(events) < self._max_batch and not queue.empty():
                 events.append(await arrived.__anext__())
             await self.handler([Message(event) for event in events])
             for event in events:

@@ -37,8 +37,10 @@ from topics.dead_letters import bury
 log = structlog.get_logger(__name__)
 
 ROLE = "control"
-WATCH_EVERY_S = 0.5
+WATCH_EVERY_S = 1.0
 """How often the projection is compared with what was written."""
+MAX_BATCH = 512
+"""Commands that are decided in one transaction, which costs as much for many as for one."""
 NOT_KEPT = ("replays", "erasures")
 """Kinds whose refused commands are no dead letters: whoever asked was told, and there is nothing to mend."""
 _AWAY = (RedisError, OSError, KafkaError, Unavailable)
@@ -236,7 +238,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     redis = connect(settings.redis_url)
     async with Producer(settings.kafka, f"{ROLE}-{settings.instance}") as producer:
         processor = ControlProcessor(settings, redis, producer)
-        role = AgentRole(settings, ROLE, CONTROL_COMMANDS, processor.handle)
+        role = AgentRole(settings, ROLE, CONTROL_COMMANDS, processor.handle, max_batch=MAX_BATCH)
         role.on_partitions(processor.assigned, processor.revoked)
         facts = keep_facts(settings.kafka, f"{ROLE}-facts-{settings.instance}", redis)
         keeping = (processor.keep(), processor.keep_limits(), facts)

@@ -20,6 +20,8 @@ _WRITTEN = TOPICS | AUDIT_TOPICS
 TRANSACTIONAL_ID = "headrace-control"
 """One for the whole cluster: whoever starts with it last is the writer, and every earlier one is fenced."""
 TRANSACTION_TIMEOUT_MS = 10_000
+BATCH_BYTES = 512 * 1024
+"""Records of a topic that are sent at once; the client waits for one batch before it sends the next."""
 
 
 class Writer:
@@ -35,6 +37,7 @@ class Writer:
             transactional_id=TRANSACTIONAL_ID,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             request_timeout_ms=15_000,
+            max_batch_size=BATCH_BYTES,
         )
 
     async def start(self) -> None:
