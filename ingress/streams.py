@@ -19,6 +19,7 @@ class Stream:
     """Deltas of one request on their way to one caller. Not thread-safe; all on one loop."""
 
     __slots__ = (
+        "_drained",
         "_loop",
         "_merge_at",
         "_size",
@@ -52,6 +53,7 @@ class Stream:
         self._merge_at = MERGE_BYTES
         self._waiter: asyncio.Future[None] | None = None
         self._waiting_since = 0.0
+        self._drained: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
 
     def push(self, delta: Delta) -> None:
@@ -105,10 +107,26 @@ class Stream:
                 await self._waiter
             finally:
                 self._waiter = None
-        taken, self.pending = self.pending, []
+        taken = self.pending
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Let nothing wait."""
+        self.pending = []
         self._size = 0
         self._merge_at = MERGE_BYTES
-        return taken
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    async def room(self) -> None:
+        """Return when little waits: for whoever feeds this stream alone, from a past that may be long."""
+        while self._size > MERGE_BYTES and not self.dropped:
+            self._drained = self._loop.create_future()
+            try:
+                await self._drained
+            finally:
+                self._drained = None
 
 
 def merged(deltas: list[Delta]) -> list[Delta]:

@@ -147,7 +147,8 @@ class WholeAnswer(Answer):
         elif spec.hang_after is not None:
             self._attempt.outcome = "hanging"
         else:
-            text = "".join([f" t{number}@{now}" for number in range(spec.seq, spec.seq + total)])
+            dots = "." * spec.filler
+            text = "".join([f" t{number}@{now}{dots}" for number in range(spec.seq, spec.seq + total)])
             body = self._rendering.whole(text, self._reason, self._prompt, total)
             self._attempt.tokens = total
             self._caller.send(response(200, body if spec.garbage_after is None else GARBAGE))

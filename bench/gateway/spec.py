@@ -28,6 +28,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """Reported prompt size; by default the number of words in the prompt."""
     seq: int = 0
     """Number of the first token: callers give each stream its own range, so that a foreign token shows."""
+    filler: int = 0
+    """Dots after each token, where the text is to be long."""
     id: str = ""
     """Name under which `/stats` counts this request, and by which tries of the same request are told."""
     keep_body: bool = False

@@ -187,7 +187,7 @@ class Connection(asyncio.Protocol):
             self._generate(chat, spec, attempt)
 
     def _generate(self, chat: Chat, spec: Spec, attempt: Try) -> None:
-        rendering = Rendering(self._upstream.stats.requests, chat.model)
+        rendering = Rendering(self._upstream.stats.requests, chat.model, spec.filler)
         prompt = chat.words() if spec.prompt_tokens is None else spec.prompt_tokens
         if chat.stream:
             usage = chat.stream_options is not None and chat.stream_options.include_usage

@@ -103,12 +103,13 @@ class Rendering:
 
     __slots__ = ("_fixed", "_id", "_model", "_prefix", "_suffix", "created")
 
-    def __init__(self, number: int, model: str) -> None:
+    def __init__(self, number: int, model: str, filler: int = 0) -> None:
+        """`filler`: dots after each token."""
         self.created = int(time.time())
         self._id = f"chatcmpl-bench{number}"
         self._model = msgspec.json.encode(model).decode()
         self._prefix = self._event('{"content":" t').encode()
-        self._suffix = b'"},"logprobs":null,"finish_reason":null}]}\n\n'
+        self._suffix = b"." * filler + b'"},"logprobs":null,"finish_reason":null}]}\n\n'
         self._fixed = len(self._prefix) + len(self._suffix)
 
     def _event(self, delta: str) -> str:

@@ -105,6 +105,8 @@ class Following:
                 async with contextlib.aclosing(replay(cluster, partition, since_ms, self.stream.rid)) as pieces:
                     async for piece in pieces:
                         for delta in piece.deltas:
+                            # Nobody else waits for this reader: what is kept may be more than a buffer holds.
+                            await self.stream.room()
                             self.stream.push(delta)
                         self._caught_up |= piece.caught_up
             except KafkaError as error:
@@ -177,7 +179,7 @@ class Following:
             self._log.warning("frames_missed", seen=self._seq, last=ended.last_seq)
             self._catching_up = True
             self._silences = 0
-            self.stream.pending = []  # The replay brings them again.
+            self.stream.clear()  # The replay brings them again.
             self.stream.view = StreamView(seq=self._seq)
             self._replay(ended.reply_partition, self._public.created_ms - CLOCK_SLACK_MS)
         elif self._caught_up and self._silences >= LOST_AFTER_SILENCES and not self.stream.pending:

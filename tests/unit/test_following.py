@@ -15,6 +15,7 @@ from ingress.openai import following
 from ingress.openai.following import Following
 from ingress.replies import Replayed
 from ingress.services import Services
+from ingress.streams import DROP_BYTES
 from schemas.events import NOTHING, Status, Terminal
 from schemas.ids import PublicId, new_request_id
 from topics.frames import Delta, Kind
@@ -107,6 +108,29 @@ async def test_a_replay_that_breaks_off_is_begun_again(services: Services, monke
     follower.replay()
     assert await to_the_end(follower) == [1, 2, 3]
     assert tries == 3
+
+
+async def test_a_past_that_is_longer_than_the_buffer_waits_for_its_caller(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, count = 50_000, 2 * DROP_BYTES // 50_000
+    long = [Delta(bytes.fromhex(RID), 1, seq, Kind.TEXT, 0, "x" * size, 1) for seq in range(1, count + 1)]
+
+    async def replay(cluster: str, partition: int, since_ms: int, rid: bytes) -> AsyncGenerator[Replayed, None]:
+        yield Replayed([*long, terminal_frame(count)], caught_up=True)
+        await asyncio.Event().wait()
+
+    replaying(monkeypatch, replay)
+    follower = Following(services, PUBLIC)
+    follower.replay()
+    told = 0
+    async with asyncio.timeout(5):
+        while follower.terminal is None:
+            await asyncio.sleep(0)  # As long as a write takes, in which the reader goes on.
+            await asyncio.sleep(0)
+            told += sum(len(step.data) for step in await follower.next())
+    follower.detach()
+    assert told == count * size and not follower.stream.dropped
 
 
 async def test_frames_that_the_end_overtook_are_read_first(
