@@ -178,7 +178,7 @@ async def test_the_engine_sees_the_device_that_was_granted_alone(device: str, se
     [
         (WEIGHTS, CONTEXT, 2),
         (WEIGHTS, 300, 3),
-        *((name, 2048, 2) for name in MODELS),
+        *((name, 1024, 2) for name in MODELS),
     ],
 )
 async def test_the_expected_memory_is_what_the_engine_takes_at_most(

@@ -88,7 +88,7 @@ provider = "local"
 backend_tag = "SmolLM2-135M-Instruct"
 aliases = ["gpt-4o-mini"]
 adapters = {{ tone = "{tone}", lost = "/no/such.gguf" }}
-context_length = 2048
+context_length = 1024
 max_concurrency = 4
 price = {{ input = "0.10", output = "0.40" }}
 """
