@@ -36,7 +36,8 @@ _LATER = {
     LeaseState.QUARANTINED: {LeaseState.QUARANTINED},
     LeaseState.FAILED: {LeaseState.FAILED},
 }
-"""What may follow a state under the same epoch."""
+"""What may follow a state under the same epoch; anything may follow the others."""
+_ANY = set(LeaseState)
 
 
 @dataclass
@@ -74,10 +75,10 @@ class Broken(AssertionError):
     """Something that must always hold does not."""
 
 
-def hold(truth: object, what: str) -> None:
-    """Raise `Broken` unless `truth`."""
+def hold(truth: object, what: str, *about: object) -> None:
+    """Raise `Broken` unless `truth`; only then is `what` put together with `about`, since it is asked so often."""
     if not truth:
-        raise Broken(what)
+        raise Broken(what.format(*about) if about else what)
 
 
 class World:
@@ -184,7 +185,7 @@ class World:
                 hold(epoch > last and state == "left", "a job trains twice on a worker")
                 hold(size == JOBS[job].bytes, "a job has what it asked for")
                 machine.trainers[job] = (epoch, "trains")
-                hold(machine.used() <= SIZE, f"oversold: {machine.resident}, {machine.trainers}")
+                hold(machine.used() <= SIZE, "oversold: {}, {}", machine.resident, machine.trainers)
             case messages.NoticeTraining(_, boot, job, epoch) if boot == str(machine.boot):
                 if machine.trainers.get(job) == (epoch, "trains"):
                     machine.trainers[job] = (epoch, "saves")
@@ -200,7 +201,7 @@ class World:
         hold(bool(device) == bool(MODELS[model].bytes), "memory is granted on a device")
         machine.resident[model] = (epoch, "loading")
         self.loads += 1
-        hold(machine.used() <= SIZE, f"oversold: {machine.resident}")
+        hold(machine.used() <= SIZE, "oversold: {}", machine.resident)
 
     def may_assign(self, request: Request, worker: str, boot: str, epoch: int) -> None:
         hold(request.id not in self.ended, "what has ended is begun again")
@@ -481,21 +482,24 @@ class World:
                 hold((running.worker, running.request.model) == place, "a slot is held by what runs elsewhere")
             epoch, state = self._states.get(place, (None, LeaseState.REQUESTED))
             if epoch is not None and epoch == lease.epoch:
-                hold(lease.state in _LATER.get(state, set(LeaseState)), f"{state} became {lease.state}")
+                hold(lease.state in _LATER.get(state, _ANY), "{} became {}", state, lease.state)
             elif epoch is not None and lease.epoch is not None:
                 hold(lease.epoch > epoch, "an epoch does not grow")
         # A lease that was lost with its worker may be found again where it is still held.
         self._states = {place: (lease.epoch, lease.state) for place, lease in pool.leases.items()}
-        for name in WORKERS:
-            held = sum(lease.holds for lease in pool.leases.values() if lease.worker == name)
-            held += sum(lease.bytes for lease in pool.trainers.values() if lease.worker == name)
-            hold(held <= SIZE, f"{name} is granted {held} of {SIZE} bytes")
+        granted = dict.fromkeys(WORKERS, 0)
+        for lease in pool.leases.values():
+            granted[lease.worker] += lease.holds
+        for trainer in pool.trainers.values():
+            granted[trainer.worker] += trainer.bytes
+        for name, held in granted.items():
+            hold(held <= SIZE, "{} is granted {} of {} bytes", name, held, SIZE)
         waiting = sum(len(queue) for queue in pool.queues.values())
         for request_id in self.live:
             request = self.asked[request_id]
             places = (request_id in pool.queues.get(request.model, ())) + (request_id in pool.running)
             places += request_id in pool.recovering
-            hold(places == 1 - (request_id in self.unread), f"{request_id} is in {places} places")
+            hold(places == 1 - (request_id in self.unread), "{} is in {} places", request_id, places)
         hold(waiting <= len(self.live | set(self.later)), "what has ended waits")
         for model, queue in pool.queues.items():
             known = [
@@ -503,8 +507,8 @@ class World:
             ]
             hopeless = bool(known) and all(MODELS[model].provider in status.broken for status in known)
             hopeless = hopeless and pool.taking is Taking.TAKEN  # Until then nothing is decided.
-            hold(not (queue and hopeless), f"{model} is waited for, and its provider is broken everywhere")
-        hold(self.loads <= 2 * len(self.asked) + self.excuses, f"{self.loads} loads for {len(self.asked)} requests")
+            hold(not (queue and hopeless), "{} is waited for, and its provider is broken everywhere", model)
+        hold(self.loads <= 2 * len(self.asked) + self.excuses, "{} loads for {} requests", self.loads, len(self.asked))
 
     def check_training(self) -> None:
         """Nobody waits for longer than W_max while jobs train where the model would fit. Raises `Broken` otherwise."""
