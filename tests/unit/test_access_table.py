@@ -111,7 +111,7 @@ def routes(app: FastAPI) -> set[tuple[str, str]]:
 
 
 def token(user_id: str, *, age_s: float = 0, secret: str = SECRET, session: str | None = None) -> str:
-    return SignIn(secret).issue(user_id, session or user_id, now_s=NOW - age_s)
+    return SignIn(secret).issue(user_id, session or user_id, now_s=time.time() - age_s)
 
 
 async def outcome(caller: httpx.AsyncClient, method: str, path: str, bearer: str | None) -> int:
