@@ -122,11 +122,12 @@ class Stream:
     async def room(self) -> None:
         """Return when little waits: for whoever feeds this stream alone, from a past that may be long."""
         while self._size > MERGE_BYTES and not self.dropped:
-            self._drained = self._loop.create_future()
+            drained = self._drained = self._loop.create_future()
             try:
-                await self._drained
+                await drained
             finally:
-                self._drained = None
+                if self._drained is drained:
+                    self._drained = None
 
 
 def merged(deltas: list[Delta]) -> list[Delta]:

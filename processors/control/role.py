@@ -40,7 +40,7 @@ ROLE = "control"
 WATCH_EVERY_S = 1.0
 """How often the projection is compared with what was written."""
 MAX_BATCH = 512
-"""Commands that are decided in one transaction, which costs as much for many as for one."""
+"""Commands that are decided in one transaction, whose round trips take as long for many as for one."""
 NOT_KEPT = ("replays", "erasures")
 """Kinds whose refused commands are no dead letters: whoever asked was told, and there is nothing to mend."""
 _AWAY = (RedisError, OSError, KafkaError, Unavailable)
