@@ -16,14 +16,14 @@ from headrace.api_keys import admin_record, sha256
 from headrace.apply import apply_config
 from headrace.config import default_config, parse_config
 from headrace.control_client import CommandsRefused, ControlClient, command, control_client
-from headrace.control_log import end_offsets, replay_control
+from headrace.control_log import end_offsets
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.control import writer as writer_module
 from processors.control.state import ControlState, Write
 from processors.control.writer import TOPICS, Writer
 from schemas.control import Model
-from tests.support.control import ADMIN, Role, app, letters, until
+from tests.support.control import ADMIN, Role, app, kept, letters, until
 from topics.apply import apply_all
 from topics.catalogue import CONTROL_COMMANDS
 from topics.clients import Producer
@@ -57,8 +57,8 @@ async def test_a_changed_price_is_a_new_version_and_the_old_one_is_kept(
     found = registry.snapshot.resolve(name) or (await client.read()).models[name]
     assert (await client.read()).models[name].price.version == 2
     assert found.id == name
-    prices = (await replay_control(infra, TOPICS)).records["prices"]
-    assert sorted(key for key in prices if key.startswith(name)) == [f"{name}/1", f"{name}/2"]
+    both = [f"{name}/1", f"{name}/2"]
+    await kept(infra, lambda records: sorted(key for key in records["prices"] if key.startswith(name)) == both)
     await client.submit([command(msgspec.structs.replace(model, enabled=False), actor="test")])
 
 
@@ -125,7 +125,7 @@ async def test_commands_survive_a_killed_processor(infra: Settings, control: Rol
         return {made.id for made in apps} <= (await client.read()).apps.keys()
 
     await until(all_there, within=40)
-    assert {made.id for made in apps} <= ControlState.of((await replay_control(infra, TOPICS)).records).apps.keys()
+    await kept(infra, lambda records: {made.id for made in apps} <= ControlState.of(records).apps.keys())
 
 
 async def test_only_the_newest_writer_can_write(infra: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ async def test_only_the_newest_writer_can_write(infra: Settings, monkeypatch: py
         await old.write([Write("apps", made.id, msgspec.json.encode(app("late")))])
     (second,) = await new.write([Write("apps", made.id, None)])
     assert second > first
-    assert made.id not in (await replay_control(infra, TOPICS)).records["apps"]
+    await kept(infra, lambda records: made.id not in records["apps"])
     await new.stop()
     with contextlib.suppress(ProducerFenced):
         await old.stop()
@@ -191,7 +191,7 @@ async def test_a_processor_that_slept_through_its_replacement_cannot_write(
         async with control_client(infra, timeout=60) as patient:
             await patient.submit([command(msgspec.structs.replace(made, name="third"), actor="test")])
         assert (await client.read()).apps[made.id].name == "third"
-        assert ControlState.of((await replay_control(infra, TOPICS)).records).apps[made.id].name == "third"
+        await kept(infra, lambda records: ControlState.of(records).apps[made.id].name == "third")
     finally:
         await successor.kill()
         await control.kill()

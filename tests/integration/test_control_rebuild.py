@@ -12,13 +12,11 @@ from redis.asyncio import Redis
 
 from headrace.api_keys import sha256
 from headrace.control_client import ControlClient, command
-from headrace.control_log import replay_control
 from headrace.rebuild import FETCH_BYTES, rebuild
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.control.state import ControlState
-from processors.control.writer import TOPICS
-from tests.support.control import ADMIN, Role, app, until
+from tests.support.control import ADMIN, Role, app, kept, until
 from tests.support.publishing import sealed
 from topics.catalogue import REQUESTS
 from topics.clients import Producer
@@ -58,8 +56,7 @@ async def test_rebuilds_beside_a_busy_processor_lose_nothing(infra: Settings, cl
     await changing
     plane = await client.read()
     assert {made.id for made in apps} <= plane.apps.keys()
-    replay = await replay_control(infra, TOPICS)
-    assert ControlState.of(replay.records).apps == plane.apps
+    await kept(infra, lambda records: ControlState.of(records).apps == plane.apps)
 
 
 async def test_a_rebuild_remembers_idempotent_requests_of_the_last_day(

@@ -14,7 +14,9 @@ from contextlib import asynccontextmanager
 from headrace.apply import apply_config
 from headrace.config import default_config
 from headrace.control_client import command, control_client
+from headrace.control_log import replay_control
 from headrace.settings import Settings
+from processors.control.writer import TOPICS
 from schemas.control import App
 from topics.apply import apply_all
 from topics.catalogue import CONTROL_COMMANDS, DEAD_LETTERS
@@ -90,6 +92,18 @@ async def running_control(infra: Settings) -> AsyncIterator[Role]:
 
 def app(name: str = "") -> App:
     return App(id=f"app-{uuid.uuid4().hex[:8]}", name=name or "A test's")
+
+
+async def kept(settings: Settings, look: Callable[[dict[str, dict[str, bytes]]], bool]) -> None:
+    """Wait until the control topics, read whole, are as `look` wants them.
+
+    A transaction is acknowledged before the marks that end it are in its topics, and readers pass it over until then.
+    """
+
+    async def as_wanted() -> bool:
+        return look((await replay_control(settings, TOPICS)).records)
+
+    await until(as_wanted, within=10)
 
 
 async def letters(infra: Settings) -> list[tuple[str, bytes | None]]:
