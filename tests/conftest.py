@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 class TwoLanes(LoadScopeScheduling):
     """All that needs a stack in one process, one after the other; the others take the rest, a file at a time.
 
-    Two stacks at once on two cores are late for everything that a test waits for, and save a fifth of the time.
+    Two stacks at once on two cores are late for everything that a test waits for.
     """
 
     def _split_scope(self, nodeid: str) -> str:
