@@ -102,7 +102,7 @@ class Replica:
 class Training:
     """A training job on its way."""
 
-    __slots__ = ("began_ms", "begun", "device", "leaving", "reserves", "run", "saved_ms", "spec")
+    __slots__ = ("began_ms", "begun", "device", "leaving", "reserves", "saved_ms", "spec")
 
     def __init__(self, spec: TrainingSpec) -> None:
         self.spec = spec
@@ -115,9 +115,8 @@ class Training:
         self.began_ms = 0
         self.saved_ms = 0
         """Work that is done and will not be lost."""
-        self.run = 0
-        """Counts its beginnings and ends, so that events of an earlier run are known as such."""
         self.begun = 0
+        """How often it began; events of an earlier run are known by it."""
 
     @property
     def left_ms(self) -> int:
@@ -219,6 +218,7 @@ class Engine:
         while self._open:
             self.now_ms, _, event = heapq.heappop(self._heap)
             event()
+            self._begin_reserved()
 
     def after(self, delay_ms: int, event: Callable[[], None]) -> None:
         """Call `event` so much later."""
@@ -261,7 +261,6 @@ class Engine:
             device.fail_next = False
             self._drop(replica)
             self._policy.on_load_failed(replica)
-            self._begin_reserved()
             return
         replica.state, replica.used_ms = State.ACTIVE, self.now_ms
         self._policy.on_loaded(replica)
@@ -277,7 +276,6 @@ class Engine:
         if replica.state is not State.GONE:
             self._drop(replica)
             self._policy.on_freed(replica)
-            self._begin_reserved()
 
     def _drop(self, replica: Replica) -> None:
         replica.state = State.GONE
@@ -293,20 +291,18 @@ class Engine:
         assert device.up and size <= device.free, f"{device.id} is oversold: {size} bytes of {device.free}"
         device.held += size
         job.device, job.leaving, job.began_ms = device, False, self.now_ms
-        job.run += 1
         job.begun += 1
-        self.after(job.left_ms, partial(self._trained, job, job.run))
+        self.after(job.left_ms, partial(self._trained, job, job.begun))
 
     def yield_training(self, job: Training) -> None:
         """Have a job that trains write its checkpoint and leave; `on_training_left` comes when it has."""
         assert job.device is not None and not job.leaving, f"{job.spec.id} does not train"
         job.saved_ms, job.leaving = job.trained_ms(self.now_ms), True
-        self.after(round(job.spec.notice_s * 1000), partial(self._training_left, job, job.run))
+        self.after(round(job.spec.notice_s * 1000), partial(self._training_left, job, job.begun))
 
     def reserve(self, job: Training) -> None:
         """Begin a job as soon as memory is free, and let it keep that until it is done."""
         job.reserves = True
-        self._begin_reserved()
 
     def _begin_reserved(self) -> None:
         for job in self.trainings.values():
@@ -314,22 +310,20 @@ class Engine:
             if job.reserves and job.device is None and job.left_ms and roomy.free >= job.spec.bytes:
                 self.train(job, roomy)
 
-    def _trained(self, job: Training, run: int) -> None:
-        if job.run == run and not job.leaving:
+    def _trained(self, job: Training, begun: int) -> None:
+        if job.begun == begun and not job.leaving:
             job.saved_ms = job.trained_ms(self.now_ms)
-            self._training_left(job, run)
+            self._training_left(job, begun)
 
-    def _training_left(self, job: Training, run: int) -> None:
-        if job.run == run:
+    def _training_left(self, job: Training, begun: int) -> None:
+        if job.begun == begun and job.device is not None:
             self._stop_training(job)
             self._policy.on_training_left(job)
-            self._begin_reserved()
 
     def _stop_training(self, job: Training) -> None:
         assert job.device is not None
         job.device.held -= job.spec.bytes
         job.device, job.leaving = None, False
-        job.run += 1
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -406,7 +400,6 @@ class Engine:
         elif fault.kind == "worker_back" and not device.up:
             device.up = True
             self._policy.on_back(device)
-            self._begin_reserved()
         elif fault.kind == "worker_lost" and device.up:
             lost = [job for replica in device.replicas.values() for job in replica.running.values()]
             for job in lost:
