@@ -77,8 +77,9 @@ def standing(model: Model, status: PoolStatus | None, patience_ms: float) -> Sta
         why = f"The model {model.id!r} could not be loaded: {reason}"
         return Standing(down=ProviderDown(why, retry_after_s=BROKEN_RETRY_S), may_try=True)
     wait_ms = status.waits_ms.get(model.id, 0)
-    if wait_ms > patience_ms:
-        wait_s = math.ceil(wait_ms / 1000)
+    # Whoever comes at another priority, or has others of its own waiting, is judged by the scheduler.
+    if (least_ms := status.least_waits_ms.get(model.id, 0)) > patience_ms:
+        wait_s = math.ceil(least_ms / 1000)
         why = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request may wait."
         return Standing(wait_ms, Unavailable(why, retry_after_s=wait_s))
     if model.id not in status.ready_models and not model.load_ms:

@@ -45,7 +45,7 @@ from processors.scheduler.messages import (
 )
 from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running, Stray, Taking, Worker
 from schemas.control import Model
-from schemas.events import Resident, RunningAttempt, Status, WorkerStatus
+from schemas.events import Priority, Resident, RunningAttempt, Status, WorkerStatus
 
 WORKER_TIMEOUT_MS = 3_000
 """A worker without a heartbeat for this long is lost."""
@@ -135,7 +135,8 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     queue = pool.queue(request.model)
     if len(queue) >= MAX_QUEUE:
         return [End(request, Status.REJECTED, "service_unavailable", "Too many requests wait for this model.")]
-    if now_ms + (wait_ms := estimated_wait_ms(pool, model)) > request.late_ms:
+    wait_ms = estimated_wait_ms(pool, model, request.tenant, request.priority)
+    if now_ms + wait_ms > request.late_ms:
         wait_s = -(-wait_ms // 1000)
         message = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request may wait."
         return [End(request, Status.REJECTED, "service_unavailable", message, retry_after_s=wait_s)]
@@ -612,10 +613,15 @@ def _failure(leases: list[Lease]) -> str | None:
     return leases[0].error
 
 
-def estimated_wait_ms(pool: Pool, model: Model) -> int:
-    """Expected wait of a request that arrives now: the queue over the slots times a mean service, after the load."""
+def estimated_wait_ms(pool: Pool, model: Model, tenant: str = "", priority: Priority = Priority.STANDARD) -> int:
+    """Expected wait of a request that comes now; without a tenant, of one whose tenant has nothing waiting.
+
+    After the load a slot comes free every `service / slots` on average: once for each request that goes before it and
+    for itself, less the slots that are free now.
+    """
     leases = [lease for lease in pool.of_model(model.id) if lease.coming and not pool.blocked(lease)]
     slots = sum(model.max_concurrency for lease in leases) or model.max_concurrency
+    free = slots - sum(lease.used for lease in leases)
     load = 0 if any(lease.state is LeaseState.ACTIVE for lease in leases) else model.load_ms
-    queue = pool.queues.get(model.id, ())
-    return load + int(len(queue) / slots * pool.service_ms.get(model.id, 0.0))
+    turns = max(0.0, pool.queue(model.id).before(tenant, priority) + 1 - free)
+    return load + int(turns / slots * pool.service_ms.get(model.id, 0.0))

@@ -105,6 +105,22 @@ class Queue:
         """Requests that are not batch work."""
         return sum(len(lane) for (priority, _), lane in self._lanes.items() if priority is not Priority.BATCH)
 
+    def before(self, tenant: str, priority: Priority) -> float:
+        """About how many of those that wait go before a request that comes now.
+
+        All of a higher priority, those of its tenant, and of each other tenant as many as its share lets through
+        meanwhile.
+        """
+        own = len(self._lanes.get((priority, tenant), ()))
+        turns = (own + 1) / self.weights.get(tenant, 1.0)
+        count = float(own)
+        for (theirs, other), lane in self._lanes.items():
+            if theirs < priority:
+                count += len(lane)
+            elif theirs == priority and other != tenant:
+                count += min(len(lane), turns * self.weights.get(other, 1.0))
+        return count
+
     def oldest(self, *, batch: bool = True) -> Request | None:
         """The request that has waited longest."""
         heads = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from processors.scheduler import policy, wishes
 from processors.scheduler.state import Lease, LeaseState, Pool
-from schemas.events import ModelState, PoolStatus
+from schemas.events import ModelState, PoolStatus, Priority
 
 _SHOWN = (
     ("active", (LeaseState.ACTIVE,)),
@@ -36,6 +36,10 @@ def pool_status(pool: Pool, name: str, now_ms: int, next_wish: int) -> PoolStatu
         running=len(pool.running),
         estimated_wait_ms=max(waits.values(), default=0),
         waits_ms=waits,
+        least_waits_ms={
+            model.id: policy.estimated_wait_ms(pool, model, priority=Priority.INTERACTIVE)
+            for model in pool.models.values()
+        },
         workers=sorted(status.worker for status in trusted),
         models=model_states(pool),
         wishes=wishes.kept(pool, next_wish),

@@ -769,10 +769,26 @@ def test_a_wait_beyond_the_deadline_is_refused_with_an_honest_estimate() -> None
     pool, _ = two_workers()
     for number in range(6):
         arrive(pool, f"r{number}")
-    pool.service_ms["m"] = 5_100.0  # 4 wait for 2 slots
+    pool.service_ms["m"] = 5_100.0  # 4 wait for 2 slots, which are taken
     [end] = arrive(pool, "late")
     assert isinstance(end, messages.End) and (end.status, end.code) == (Status.REJECTED, "service_unavailable")
-    assert "about 11 s" in end.message and end.retry_after_s == 11
+    assert "about 13 s" in end.message and end.retry_after_s == 13
+
+
+def test_the_wait_of_one_who_goes_first_is_not_that_of_the_queue() -> None:
+    pool, _ = two_workers()
+    model = pool.models["m"]
+    pool.service_ms["m"] = 1_000.0
+    waits = [policy.estimated_wait_ms(pool, model)]
+    for number in range(6):
+        arrive(pool, f"r{number}")
+        waits.append(policy.estimated_wait_ms(pool, model))
+    assert waits == [0, 0, 500, 1_000, 1_000, 1_000, 1_000], "others of its tenant wait, and it waits for one of them"
+    assert policy.estimated_wait_ms(pool, model, "t") == 2_500
+    assert policy.estimated_wait_ms(pool, model, "t", Priority.INTERACTIVE) == 500
+    assert policy.estimated_wait_ms(pool, model, "other", Priority.BATCH) == 2_500
+    pool.weights["other"] = 0.5
+    assert policy.estimated_wait_ms(pool, model, "other") == 1_500, "two of a tenant with twice its share"
 
 
 def test_what_ended_before_its_request_came_again_holds_no_slot() -> None:
@@ -812,7 +828,7 @@ def test_what_need_not_begin_any_more_is_refused_early_or_ends_while_it_waits() 
     pool.service_ms["one"] = 3_000.0
     hurried("patient", 0, now_ms=501)
     [refused] = hurried("cannot", 2_500, now_ms=501)
-    assert isinstance(refused, messages.End) and (refused.status, refused.retry_after_s) == (Status.REJECTED, 3)
+    assert isinstance(refused, messages.End) and (refused.status, refused.retry_after_s) == (Status.REJECTED, 6)
 
 
 @pytest.mark.parametrize("begun", [True, False])
