@@ -87,6 +87,10 @@ return outcomes
 """
 )
 
+_TELL = f"""
+for i = 1, #KEYS do redis.call('SET', KEYS[i], ARGV[i], 'EX', {OUTCOME_TTL_S}, 'NX') end
+"""
+
 _FLIP = """
 local gen, token, force = ARGV[1], ARGV[2], ARGV[3]
 local base = 'hr:'..gen..':'
@@ -173,6 +177,7 @@ class Projection:
         self._apply = redis.register_script(_APPLY)
         self._state = redis.register_script(_READ_OFFSETS)
         self._flip = redis.register_script(_FLIP)
+        self._tell = redis.register_script(_TELL)
         self._kind = redis.register_script(_READ_KIND)
         self._some = redis.register_script(_READ_SOME)
 
@@ -218,10 +223,8 @@ class Projection:
     async def tell(self, outcomes: Sequence[CommandOutcome]) -> None:
         """Let senders of commands know what became of them. What was told first stands: a command may come twice."""
         for start in range(0, len(outcomes), _CHUNK):
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for one in outcomes[start : start + _CHUNK]:
-                    pipe.set(_outcome_key(one.id), msgspec.json.encode(one), ex=OUTCOME_TTL_S, nx=True)
-                await pipe.execute()
+            chunk = outcomes[start : start + _CHUNK]
+            await self._tell([_outcome_key(one.id) for one in chunk], [msgspec.json.encode(one) for one in chunk])
 
     async def outcome(self, command_id: str) -> CommandOutcome | None:
         """What became of a command; None when that is not known (yet, or any more)."""

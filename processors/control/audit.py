@@ -17,6 +17,8 @@ _SECRET_OPTION = re.compile(r"key|token|secret|password", re.IGNORECASE)
 _CREDENTIALS = re.compile(r"//[^/@\s\"]+@")
 """User and password in a URL."""
 REDACTED = '"redacted"'
+_NOTHING: tuple[object, ...] = (None, "", (), {})
+"""Values of a new record that say nothing."""
 MAX_VALUE_CHARS, MAX_TEXT_CHARS, MAX_DETAILS = 1_000, 2_000, 32
 """An event is bounded, so that no command can be too large to be written down."""
 
@@ -89,13 +91,13 @@ def changes(before: Record | Price | None, after: Record | Price | None) -> dict
     one = after or before
     found: dict[str, Change] = {}
     for name in one.__struct_fields__ if one is not None else ():
-        old, new = getattr(before, name, None), getattr(after, name, None)
-        if before is None and new in (None, "", (), {}):
-            continue
-        if old != new or (before is None) != (after is None):
-            found[name] = Change(
-                _shown(name, old) if before is not None else "", _shown(name, new) if after is not None else ""
-            )
+        if before is None:
+            if (new := getattr(after, name)) not in _NOTHING:
+                found[name] = Change("", _shown(name, new))
+        elif after is None:
+            found[name] = Change(_shown(name, getattr(before, name)), "")
+        elif (old := getattr(before, name)) != (new := getattr(after, name)):
+            found[name] = Change(_shown(name, old), _shown(name, new))
     return found
 
 
@@ -107,7 +109,9 @@ def _shown(name: str, value: Any) -> str:
             option: "redacted" if isinstance(held, str) and _SECRET_OPTION.search(option) else held
             for option, held in value.items()
         }
-    text = _CREDENTIALS.sub("//redacted@", msgspec.json.encode(value).decode())
+    text = msgspec.json.encode(value).decode()
+    if "//" in text:
+        text = _CREDENTIALS.sub("//redacted@", text)
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}… ({len(text)} characters)"
 
 

@@ -28,6 +28,7 @@ from schemas.control import (
 PROVIDER_KINDS = ("llama_cpp", "transformers", "ollama", "openai")
 EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,189}")
 """What may be an address; whether mail reaches it is not ours to say."""
+SHA256 = re.compile("[0-9a-f]{64}")
 PUBLISHER_KEY_BYTES = 32
 TOPIC_PART = re.compile(r"[A-Za-z0-9._-]{1,200}")
 """What may stand in a topic's name, as an app's id does in that of its answers."""
@@ -96,9 +97,8 @@ def _check_limits(who: str, limits: Limited) -> None:
 
 
 def check_key(state: ControlState, key: str, record: Key) -> None:
-    digits = set("0123456789abcdef")
     check(record.sha256 == key, f"key {record.name!r}: filed under another SHA-256 than its own")
-    check(len(key) == 64 and set(key) <= digits, f"key {record.name!r}: its SHA-256 is not 64 lower-case hex digits")
+    check(SHA256.fullmatch(key) is not None, f"key {record.name!r}: its SHA-256 is not 64 lower-case hex digits")
     check(record.role in ROLES, f"key {record.name!r}: unknown role {record.role!r}; known are {', '.join(ROLES)}")
     _check_limits(f"key {record.name!r}", record)
     check(state.key_ids.get(record.id, key) == key, f"key {record.name!r}: its id {record.id!r} is another key's")

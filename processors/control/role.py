@@ -41,6 +41,8 @@ WATCH_EVERY_S = 1.0
 """How often the projection is compared with what was written."""
 MAX_BATCH = 512
 """Commands that are decided in one transaction, whose round trips take as long for many as for one."""
+LOGGED = 20
+"""Ids of commands that a line of the log names; the audit trail has them all."""
 NOT_KEPT = ("replays", "erasures")
 """Kinds whose refused commands are no dead letters: whoever asked was told, and there is nothing to mend."""
 _AWAY = (RedisError, OSError, KafkaError, Unavailable)
@@ -133,6 +135,9 @@ class ControlProcessor:
                 if write.kind in CONTROL_RECORDS
             ]
         )
+        if writes:
+            done = [one.id for one in outcomes if one.status == "applied"]
+            log.info("commands_in_force", records=len(writes), commands=done[:LOGGED], more=max(0, len(done) - LOGGED))
         await self._tell(outcomes)
 
     async def _one(self, message: Message) -> tuple[list[Write], CommandOutcome | None]:
@@ -161,7 +166,6 @@ class ControlProcessor:
             return [event], outcome
         for write in decision.writes:
             self._state.put(write)
-        log.info("command_accepted", command=command.id, kind=command.kind, actor=command.actor)
         return [*decision.writes, event], outcome if command.kind != AUDIT else None
 
     async def _ensure_answers(self, app: str) -> None:
