@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import msgspec
 import psutil
 import pytest
@@ -90,6 +93,61 @@ async def test_a_model_leaves_nothing_in_the_worker(backend: Backend) -> None:
         gone = children - {child.pid for child in worker.children()}
         assert len(gone) == 1
     assert worker.memory_info().rss - before < 30_000_000
+
+
+async def test_a_child_that_hangs_fails_its_answers_and_gives_way_to_another(backend: Backend) -> None:
+    folder = await asyncio.to_thread(smollm2)
+    options = Options(model_dir=str(folder.parent), idle_timeout_s=2)
+    model = msgspec.structs.replace(backend.model, id="hangs")
+    body = {"messages": ASK, "max_tokens": 400, "logit_bias": {"2": -100}}
+    provider = Transformers("hangs", options)
+    try:
+        child = psutil.Process((await provider.load(model)).pid)
+        with pytest.raises(ProviderError, match="no byte came for 2 s"):
+            async for _ in provider.generate(model, body):
+                child.suspend()
+        assert await provider.on_dead(model) and not child.is_running()
+        assert (await provider.load(model)).pid != child.pid
+        assert text_of([piece async for batch in provider.generate(model, {"messages": ASK}) for piece in batch])
+    finally:
+        await provider.close()
+
+
+async def test_an_engine_that_does_not_come_back_from_a_step_is_not_vouched_for() -> None:
+    """As an accelerator may: its thread stands, and the one that answers the worker does not."""
+    from processors.generation.providers.hf import loading
+    from processors.generation.providers.hf.app import App
+
+    folder = await asyncio.to_thread(smollm2)
+    loaded = await asyncio.to_thread(
+        loading.load, str(folder), context=256, slots=1, device="cpu", dtype="float32", chat_template=""
+    )
+    app = App(loaded, alias="m", api_key="k", context=256, slots=1, budget=64, step_s=1.0)
+    scores, gone = loaded.scores, threading.Event()
+
+    def stand(*args: Any) -> Any:
+        gone.wait(20)
+        return scores(*args)
+
+    loaded.scores = stand  # type: ignore[method-assign]
+    app.engine.start()
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://m", headers={"authorization": "Bearer k"}
+    ) as http:
+        chat = {"model": "m", "messages": ASK, "max_tokens": 2, "stream": True}
+        answer = asyncio.create_task(http.post("/v1/chat/completions", json=chat))
+        await asyncio.sleep(0.6)
+        assert (await http.get("/health")).status_code == 200, "a long step is no hang"
+        await asyncio.sleep(1.0)
+        health = await http.get("/health")
+        assert (health.status_code, health.json()["error"]["code"]) == (503, "engine_hangs")
+        await asyncio.sleep(0.6)
+        gone.set()
+        text = (await answer).text
+        assert (await http.get("/health")).status_code == 200
+    lines = [line for line in text.split("\n\n") if line]
+    assert 1 <= lines.count(": alive") <= 4 and lines[-1] == "data: [DONE]", "nothing is vouched for after a second"
 
 
 async def test_what_is_no_model_says_why(backend: Backend, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]

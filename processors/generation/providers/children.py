@@ -126,9 +126,18 @@ class ChildProvider(Provider):
             server.doubted = server.doubted or not whole
 
     async def on_dead(self, model: Model) -> bool:
-        """Whether the model's child has ended by itself."""
+        """Whether the model's child has ended by itself, or hangs; one that hangs is killed.
+
+        It hangs when an answer of it did not come to its end, and its health got no answer either.
+        """
         known = self._servers.get(model.id)
-        return known is not None and known[1].exited
+        if known is None:
+            return False
+        server = known[1]
+        if not server.exited and server.doubted and not await server.answers():
+            await server.kill()
+        # Meanwhile another may have found the same, and have put a new child in its place.
+        return server.exited and self._servers.get(model.id) is known
 
     async def close(self) -> None:
         """End every child."""

@@ -98,20 +98,6 @@ class LlamaCpp(ChildProvider):
         vectors = msgspec.json.decode(answer, type=_Embeddings).data
         return [one.embedding for one in sorted(vectors, key=lambda one: one.index)]
 
-    async def on_dead(self, model: Model) -> bool:
-        """Whether the model's child has ended by itself, or hangs; one that hangs is killed.
-
-        It hangs when an answer of it did not come to its end, and its health got no answer either.
-        """
-        known = self._servers.get(model.id)
-        if known is None:
-            return False
-        server = known[1]
-        if not server.exited and server.doubted and not await server.answers():
-            await server.kill()
-        # Meanwhile another may have found the same, and have put a new child in its place.
-        return server.exited and self._servers.get(model.id) is known
-
     def launch(self, model: Model, device: str = "") -> Launch:
         """How a model's child is to run. Raises `ProviderError` when there is no such model."""
         options = self._options

@@ -15,6 +15,7 @@ from processors.generation.providers import transformers_body, transformers_fact
 from processors.generation.providers.base import RAM, BackendModel, DeviceKind, ModelFacts
 from processors.generation.providers.child_server import ChildServer
 from processors.generation.providers.children import ChildProvider, cores, says_true
+from processors.generation.providers.pool import IDLE_TIMEOUT_S
 from processors.generation.providers.transformers_child import Launch
 from schemas.control import Model
 
@@ -38,6 +39,8 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """PyTorch's name of a device, such as `cuda:1`; by default the first GPU, or the CPU."""
     dtype: str = "auto"
     """Type of the weights: `auto` as they are stored, `float32`, `bfloat16` or `float16`."""
+    idle_timeout_s: float = IDLE_TIMEOUT_S
+    """Seconds without a byte after which an answer has failed, and that a step of the engine may take."""
 
 
 class Transformers(ChildProvider):
@@ -47,8 +50,8 @@ class Transformers(ChildProvider):
     can_continue = True
 
     def __init__(self, name: str, options: Options | None = None) -> None:
-        super().__init__(name)
         self._options = options or Options()
+        super().__init__(name, self._options.idle_timeout_s)
         self._sees_gpu: asyncio.Task[bool] | None = None
 
     async def health(self) -> None:
@@ -101,6 +104,7 @@ class Transformers(ChildProvider):
             device=device,
             torch_device="cpu" if device == RAM else options.device,
             dtype=options.dtype,
+            step_s=options.idle_timeout_s,
             chat_template=Path(options.chat_template).read_text() if options.chat_template else "",
             adapters=model.adapters,
         )

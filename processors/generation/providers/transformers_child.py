@@ -19,6 +19,8 @@ class Launch(child.ChildLaunch, frozen=True, kw_only=True):
     torch_device: str | None = None
     """PyTorch's name of a device; None takes the first GPU, or the CPU."""
     dtype: str = "auto"
+    step_s: float
+    """Seconds after which an engine that is still in the same step hangs."""
     chat_template: str = ""
     """A Jinja template in place of the model's own; empty keeps the model's."""
 
@@ -51,6 +53,7 @@ def serve(launch: Launch) -> tuple[str, object]:
         context=launch.context_length,
         slots=launch.slots,
         budget=launch.batch_tokens,
+        step_s=launch.step_s,
     )
     for name, path in launch.adapters.items():
         try:

@@ -26,17 +26,22 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 ALIVE_S = 15.0
-"""A comment is sent when nothing else was for so long: a long prompt is not to be taken for a dead engine."""
+"""A comment is sent when nothing else was for so long, and the engine does not hang: a long prompt is not to be taken
+for a dead engine."""
 
 
 class App:
     """Serves one loaded model; runs on one event loop, beside the engine's thread."""
 
-    def __init__(self, loaded: Loaded, *, alias: str, api_key: str, context: int, slots: int, budget: int) -> None:
+    def __init__(
+        self, loaded: Loaded, *, alias: str, api_key: str, context: int, slots: int, budget: int, step_s: float
+    ) -> None:
+        """`step_s` is how long a step of the engine may take; see `Engine.hangs`."""
         self._loaded = loaded
         self._alias = alias
         self._authorization = f"Bearer {api_key}".encode()
         self._context = context
+        self._step_s = step_s
         self._vocabulary = int(loaded.model.get_output_embeddings().weight.shape[0])
         self._forms = Forms(loaded.tokenizer, self._vocabulary, loaded.ends)
         self._encoding = threading.Lock()
@@ -64,6 +69,8 @@ class App:
             raise Refusal(401, "invalid_api_key", "the key is wrong")
         match scope["method"], scope["path"].removeprefix("/v1"):
             case "GET", "/health":
+                if self.engine.hangs(self._step_s):
+                    raise Refusal(503, "engine_hangs", f"the engine is in one step for over {self._step_s:g} s")
                 await _answer(send, 200, b'{"status":"ok"}')
             case "GET", "/props":
                 await _answer(send, 200, msgspec.json.encode(self._props()))
@@ -151,9 +158,11 @@ class App:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         while True:
             try:
-                async with asyncio.timeout(ALIVE_S):
+                async with asyncio.timeout(min(ALIVE_S, self._step_s / 4)):
                     events = [await queue.get()]
             except TimeoutError:
+                if self.engine.hangs(self._step_s):
+                    continue  # Whoever reads finds that nothing comes, and asks how we are.
                 await send({"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
                 continue
             while not queue.empty():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,6 +35,8 @@ class Engine:
         self._changed = threading.Condition()
         self.slots = slots
         self.steps = 0
+        self._step_began = 0.0
+        """When the step that runs began; 0 between steps."""
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -58,10 +61,18 @@ class Engine:
         with self._changed:
             return [slot for slot, _ in self._running]
 
+    def hangs(self, step_s: float) -> bool:
+        """Whether the engine is in one step for longer than this: an accelerator, or a lock, does not come back."""
+        began = self._step_began
+        return bool(began) and time.monotonic() - began > step_s
+
     def _live(self) -> None:
         try:
             while True:
-                self._step(self._admit())
+                running = self._admit()
+                self._step_began = time.monotonic()
+                self._step(running)
+                self._step_began = 0.0
         except BaseException:
             traceback.print_exc()
             os._exit(1)
