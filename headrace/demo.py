@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.status import Status
 
-from deploy.embedded import infra, launch, ports, roles, stack
+from deploy.embedded import infra, kafka, launch, ports, roles, stack
 from headrace.demo_tour import Tour, TourFailed
 from headrace.settings import settings
 
@@ -54,6 +54,8 @@ class _Demo:
 
     def run(self) -> int:
         """Start, show, stop; the exit code is 0 when all of it went well."""
+        if not self._keep:
+            os.environ.update({**kafka.SHORT_LIVED, **os.environ})
         port = self._port
         if port and not ports.is_free(_HOST, port):
             self._console.print(f"Port {port} is in use; a free one is taken.")

@@ -1,8 +1,8 @@
-"""Fixtures of the real stack. Each is made at most once a session, and has ended when the session has."""
+"""Where tests run and in which order; stacks of a module's own, and the API of a stack as a key sees it."""
 
 from __future__ import annotations
 
-import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,16 +12,21 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
-from clickhouse.migrate import migrate
-from headrace.settings import Settings
+from deploy.embedded.kafka import SHORT_LIVED
 from tests.support.backends import ran
-from tests.support.stacks import Stack, running_infra, running_stack, upstream
-from topics.apply import apply_all
+from tests.support.chat import Api
+from tests.support.stacks import Stack, running_stack, upstream
 
 MakeStack = Callable[..., Stack]
 
-ON_STACKS = ("integration", "compat", "browser", "faults")
-"""Folders whose tests run stacks, in their order."""
+os.environ.update({**SHORT_LIVED, **os.environ})
+
+FOLDERS = ("unit", "walks", "contract", "extras", "parts", "integration", "stacks", "faults")
+"""In the order in which one process runs them: what is cheap first."""
+LONGEST_FIRST = ("integration", "walks", "contract", "faults", "stacks", "parts", "extras", "unit")
+"""In the order in which several processes take them: small files fill what is left at the end."""
+SHARING = ("parts", "integration", "faults")
+"""Folders whose files share what they run on, so that they stay together."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,9 +35,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=1, help="Seed of those moments.")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, and run the cheap ones first."""
-    order = ("unit", "walks", "contract", "extras", *ON_STACKS)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by their folder, and bring the folders into order."""
     root = Path(__file__).parent
 
     def folder(item: pytest.Item) -> str:
@@ -40,23 +44,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     for item in items:
         item.add_marker(folder(item))
-    items.sort(key=lambda item: order.index(folder(item)) if folder(item) in order else len(order))
+    order = LONGEST_FIRST if hasattr(config, "workerinput") else FOLDERS
+    items.sort(key=lambda item: order.index(folder(item)))
 
 
-class TwoLanes(LoadScopeScheduling):
-    """All that needs a stack in one process, one after the other; the others take the rest, a file at a time.
+class ByFolder(LoadScopeScheduling):
+    """A folder whose tests share a stack goes to one process, other tests go file by file to whichever has room."""
 
-    Two stacks at once on two cores are late for everything that a test waits for.
-    """
+    def __init__(self, config: pytest.Config, log: Producer) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # The order is ours.
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.split("::", 1)[0]
-        return "stacks" if file.split("/")[1] in ON_STACKS else file
+        folder = file.split("/")[1]
+        return folder if folder in SHARING else file
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> TwoLanes:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFolder:
     """Who gets which tests when several processes run them."""
-    return TwoLanes(config, log)
+    return ByFolder(config, log)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -78,27 +85,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-async def infra(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settings]:
-    """Kafka with the catalogue's topics, Valkey, and ClickHouse with its tables; no role runs."""
-    with running_infra(tmp_path_factory.mktemp("infra") / "data") as conf:
-        await apply_all(conf, workers=["w1"])
-        await asyncio.to_thread(migrate, conf)
-        yield conf
-
-
-@pytest.fixture(scope="session")
 def upstream_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The server whose tokens are numbered; a `#bench` line in a prompt steers it."""
     with upstream(tmp_path_factory.mktemp("upstream")) as url:
         yield url
-
-
-@pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
-    """One whole stack with two ingresses, the small real model, and models on the numbered upstream."""
-    directory = tmp_path_factory.mktemp("stack")
-    with running_stack(directory, upstream_url, small_model=True, replicas={"ingress": 2}) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +101,17 @@ def make_stack(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> I
             return made.enter_context(running_stack(directory, upstream_url, **options))  # type: ignore[arg-type]
 
         yield make
+
+
+@pytest.fixture
+async def api(stack: Stack) -> AsyncIterator[Api]:
+    """The API at the first ingress, as the admin's key sees it."""
+    async with Api(stack) as made:
+        yield made
+
+
+@pytest.fixture
+async def other(stack: Stack) -> AsyncIterator[Api]:
+    """The same at the other ingress."""
+    async with Api(stack, ingress=1) as made:
+        yield made

@@ -6,6 +6,7 @@ import json
 import struct
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from headrace.errors import ProviderError
@@ -16,7 +17,7 @@ CONFIG: dict[str, object] = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1000,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
 }  # fmt: skip
-LAUNCH = Launch(alias="a", tag="t", context_length=100, slots=3, threads=1, batch_tokens=10)
+LAUNCH = Launch(alias="a", tag="t", context_length=100, slots=3, threads=1, batch_tokens=10, step_s=120)
 
 
 def write(folder: Path, tensors: dict[str, tuple[str, list[int]]], config: dict[str, object] = CONFIG) -> Path:
@@ -39,7 +40,7 @@ def test_the_parts_add_up(tmp_path: Path) -> None:
 
 
 def test_a_chosen_type_counts_in_memory_and_not_on_the_disk(tmp_path: Path) -> None:
-    wide = Launch(alias="a", tag="t", context_length=100, slots=3, threads=1, batch_tokens=10, dtype="float32")
+    wide = msgspec.structs.replace(LAUNCH, dtype="float32")
     found = transformers_facts.read(write(tmp_path, {"a": ("BF16", [1000, 64])}))
     stored = transformers_facts.facts(found, LAUNCH, on_gpu=True)
     widened = transformers_facts.facts(found, wide, on_gpu=True)
