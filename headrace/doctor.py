@@ -178,6 +178,8 @@ async def _stack(data_dir: Path) -> list[Finding]:
     for name, child in found.children.items():
         detail = f"{child.pid}, {child.restarts} restarts" if child.pid else "does not run"
         findings.append(Finding(f"process {name}", child.pid is not None, detail, f"see {child.log}"))
+    failed = (await probes.health(found.url)).failed
+    findings += [Finding(f"model {model}", False, why, f"see {logs}") for model, why in failed.items()]
     return findings + await _models(found.kafka_bootstrap, found.redis_url)
 
 

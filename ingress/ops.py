@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -15,6 +16,8 @@ from headrace.telemetry import gather
 from ingress import guard
 from ingress.guard import public
 from ingress.services import Services
+from schemas.control import Model
+from schemas.events import PoolStatus
 
 router = guard.router()
 
@@ -29,15 +32,20 @@ async def live() -> dict[str, str]:
 @router.get("/health/ready")
 @public
 async def ready(request: Request) -> JSONResponse:
-    """Whether a chat request would be answered; names each part that is not ready, and why."""
+    """Whether a chat request would be answered, if only by one of the models.
+
+    `waiting_for` names the parts that are not there, also models that are being loaded while others serve; `failed` the
+    models that nobody can serve now. Neither keeps an ingress from serving the other models.
+    """
     services: Services = request.app.state.services
-    waiting = await not_ready(services)
+    found = await readiness(services)
     content = {
-        "status": "not ready" if waiting else "ready",
-        "waiting_for": waiting,
+        "status": "ready" if found.ready else "not ready",
+        "waiting_for": found.waiting,
+        "failed": found.failed,
         "warnings": await doubtful(services),
     }
-    return JSONResponse(content, status_code=503 if waiting else 200)
+    return JSONResponse(content, status_code=200 if found.ready else 503)
 
 
 async def doubtful(services: Services) -> dict[str, list[str]]:
@@ -50,39 +58,56 @@ async def doubtful(services: Services) -> dict[str, list[str]]:
     return {id: found for id, model in sorted(models.items()) if (found := warnings(model, cards.get(id)))}
 
 
-async def not_ready(services: Services) -> dict[str, str]:
-    """Part -> why it is not ready."""
-    waiting: dict[str, str] = {}
+@dataclass(slots=True)
+class Readiness:
+    """What an ingress could answer now."""
+
+    ready: bool = False
+    waiting: dict[str, str] = field(default_factory=dict)
+    """Part -> why it is not there yet."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Model -> why nobody can serve it."""
+
+
+async def readiness(services: Services) -> Readiness:
+    """How everything stands that a request needs."""
+    found = Readiness()
     if services.draining.is_set():
-        waiting["ingress"] = "stopping"
+        found.waiting["ingress"] = "stopping"
     if not services.replies.ready:
-        waiting["kafka"] = "the end of the reply partition is not known yet"
+        found.waiting["kafka"] = "the end of the reply partition is not known yet"
     try:
         async with asyncio.timeout(2):
             await services.redis.ping()
     except (RedisError, OSError, TimeoutError) as error:
-        waiting["redis"] = f"no answer: {error!r}"
+        found.waiting["redis"] = f"no answer: {error!r}"
     try:
         models = [model for model in services.registry.snapshot.models.values() if model.enabled]
     except Unavailable as error:
-        waiting["registry"] = error.message
-        return waiting
+        found.waiting["registry"] = error.message
+        return found
     if not models:
-        waiting["models"] = "none is configured"
-    for pool in sorted({model.pool for model in models}):
-        status = services.pools.status(pool)
-        if status is None:
-            waiting[f"scheduler of pool {pool}"] = "no status within 5 s"
-            continue
-        for model in models:
-            if model.pool != pool:
-                continue
-            if model.id not in status.servable_models:
-                waiting[f"model {model.id}"] = "no worker serves its provider"
-            elif model.preload and model.id not in (*status.ready_models, *status.wishes.unloaded):
-                reason = status.failed_models.get(model.id)
-                waiting[f"model {model.id}"] = "loading" if reason is None else f"could not be loaded: {reason}"
-    return waiting
+        found.waiting["models"] = "none is configured"
+    whole = not found.waiting
+    for model in models:
+        found.ready |= _would_answer(model, services.pools.status(model.pool), found)
+    found.ready &= whole
+    return found
+
+
+def _would_answer(model: Model, status: PoolStatus | None, found: Readiness) -> bool:
+    """Whether a request for the model would be answered without waiting for its load; notes in `found` why not."""
+    if status is None:
+        found.waiting[f"scheduler of pool {model.pool}"] = "no status within 5 s"
+    elif model.id not in status.servable_models:
+        found.failed[model.id] = "no worker serves its provider"
+    elif not model.preload or model.id in (*status.ready_models, *status.wishes.unloaded):
+        return True
+    elif (reason := status.failed_models.get(model.id)) is not None:
+        found.failed[model.id] = f"could not be loaded: {reason}"
+    else:
+        found.waiting[f"model {model.id}"] = "loading"
+    return False
 
 
 @router.get("/metrics")

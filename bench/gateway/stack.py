@@ -58,10 +58,10 @@ def headrace(directory: Path, base_url: str, *, start_seconds: float = 180.0) ->
         yield Subject(name="headrace", target=Target(base_url=f"{url}/v1", api_key=key), roots=[process.pid])
 
 
-def up_command(config: Path, data: Path) -> list[str]:
+def up_command(config: Path | None, data: Path) -> list[str]:
     """`headrace up` of this installation on free ports; further options may follow."""
     up = [str(Path(sys.executable).with_name("headrace")), "up"]
-    return [*up, "--config", str(config), "--data-dir", str(data), "--port", "0"]
+    return [*up, *(["--config", str(config)] if config else []), "--data-dir", str(data), "--port", "0"]
 
 
 def data_dir(directory: Path) -> Path:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from deploy.embedded import leftovers, probes, roles, stack
@@ -148,23 +146,25 @@ class _Stack:
         telling = asyncio.create_task(self._tell_what_is_missing())
         try:
             for url in self._endpoints.ingress_urls:
-                ready = partial(probes.http_answers, f"{url}/health/ready")
-                if not await probes.until(ready, _READY_SECONDS, pause=0.1):
+
+                async def complete(url: str = url) -> bool:
+                    return (await probes.health(url)).complete
+
+                if not await probes.until(complete, _READY_SECONDS, pause=0.1):
                     raise StartFailed(f"{url}/health/ready is not 200 after {_READY_SECONDS:.0f} s: see {self._logs}")
         finally:
             telling.cancel()
+        for model, why in (await probes.health(self._endpoints.url)).failed.items():
+            self._report(f"model {model} is not served: {why} (it is tried again; logs are in {self._logs})")
 
     async def _tell_what_is_missing(self) -> None:
         """What the first ingress waits for, when the start takes long."""
         while True:
             await asyncio.sleep(_TELL_EVERY_SECONDS)
-            body = await probes.http_body(f"{self._endpoints.url}/health/ready")
-            try:
-                waiting: dict[str, str] = json.loads(body)["waiting_for"]
-            except (ValueError, KeyError, TypeError):
-                continue
-            if waiting:
-                reasons = "; ".join(f"{part}: {why}" for part, why in waiting.items())
+            found = await probes.health(self._endpoints.url)
+            missing = found.waiting_for | {f"model {model}": why for model, why in found.failed.items()}
+            if missing:
+                reasons = "; ".join(f"{part}: {why}" for part, why in missing.items())
                 self._report(f"waiting for {reasons} (logs are in {self._logs})")
 
     async def _shut_down(self) -> None:

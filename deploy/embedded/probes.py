@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 _TIMEOUT = 5.0
@@ -53,6 +55,28 @@ async def http_answers(url: str) -> bool:
     except (OSError, TimeoutError):
         return False
     return answer.split(b" ", 2)[1:2] == [b"200"]
+
+
+class Health(NamedTuple):
+    """What an ingress says of itself in `/health/ready`."""
+
+    ready: bool = False
+    waiting_for: dict[str, str] = {}  # noqa: RUF012  (nobody changes it)
+    failed: dict[str, str] = {}  # noqa: RUF012
+
+    @property
+    def complete(self) -> bool:
+        """Whether it serves, and nothing is on its way any more."""
+        return self.ready and not self.waiting_for
+
+
+async def health(url: str) -> Health:
+    """How the ingress at this URL stands; not ready when it does not answer."""
+    try:
+        said = json.loads(await http_body(f"{url}/health/ready"))
+        return Health(said["status"] == "ready", said["waiting_for"], said["failed"])
+    except (ValueError, KeyError, TypeError):
+        return Health()
 
 
 async def http_body(url: str) -> bytes:

@@ -235,7 +235,10 @@ async def test_a_requests_life_is_shown_hop_by_hop(api: Api) -> None:
 async def test_health_and_metrics_of_every_role(api: Api) -> None:
     assert (await api.client.get(api.url("/health/live"))).json() == {"status": "live"}
     ready = await api.client.get(api.url("/health/ready"))
-    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "waiting_for": {}, "warnings": {}})
+    assert (ready.status_code, ready.json()) == (
+        200,
+        {"status": "ready", "waiting_for": {}, "failed": {}, "warnings": {}},
+    )
     await api.stream(body(Spec(tokens=4, interval_ms=1)))
 
     async def complete() -> bool:
@@ -257,7 +260,9 @@ async def test_many_callers_at_once_each_get_their_own_tokens(api: Api) -> None:
         assert one.done and one.tokens == list(range(1000 * number, 1000 * number + 20))
 
 
-async def test_readiness_says_why_a_model_could_not_be_loaded(api: Api, stack: Stack, tmp_path: Path) -> None:
+async def test_readiness_says_why_a_model_could_not_be_loaded_and_the_others_are_served(
+    api: Api, stack: Stack, tmp_path: Path
+) -> None:
     config = stack.data_dir.with_suffix(".toml")
     broken = tmp_path / "broken.toml"
     broken.write_text(
@@ -269,11 +274,13 @@ async def test_readiness_says_why_a_model_could_not_be_loaded(api: Api, stack: S
 
         async def told() -> str | None:
             ready = await api.client.get(api.url("/health/ready"))
-            reason = ready.json()["waiting_for"].get("model gone", "")
-            return reason if ready.status_code == 503 and reason.startswith("could not be loaded: ") else None
+            reason = ready.json()["failed"].get("gone", "")
+            return reason if ready.status_code == 200 and reason.startswith("could not be loaded: ") else None
 
         reason = await until(told, "the reason stands in /health/ready", 20)
         assert "no-such.gguf" in reason
+        doctor = await asyncio.to_thread(stack.run, "doctor")
+        assert doctor.returncode == 1 and f"model gone: {reason}" in doctor.stdout
     finally:
         restored = await asyncio.to_thread(stack.run, "apply", "--config", str(config))
     assert restored.returncode == 0, restored.stderr

@@ -233,13 +233,14 @@ class Stack:
         return self.data_dir.with_suffix(".log").read_text()
 
     async def ready(self, within_s: float = 60.0) -> None:
-        """Wait until every ingress says that it is ready."""
+        """Wait until every ingress says that it is ready, and waits for no model."""
         async with httpx.AsyncClient(timeout=5, verify=NO_TLS) as client:
             for url in self.ingress_urls:
 
                 async def answers(url: str = url) -> bool:
                     try:
-                        return (await client.get(f"{url}/health/ready")).status_code == 200
+                        said = (await client.get(f"{url}/health/ready")).json()
+                        return bool(said["status"] == "ready" and not said["waiting_for"] and not said["failed"])
                     except httpx.HTTPError:
                         return False
 
