@@ -63,8 +63,11 @@ class Choice(NamedTuple):
 # --- how a model stands -------------------------------------------------------------------------------------------
 
 
-def standing(model: Model, status: PoolStatus | None, patience_ms: float) -> Standing:
-    """How a model stands by its pool's status (None when that is stale); the request may wait for `patience_ms`."""
+def standing(model: Model, status: PoolStatus | None, patience_ms: float, priority: str = "standard") -> Standing:
+    """How a model stands by its pool's status (None when that is stale); the request may wait for `patience_ms`.
+
+    A request that has others of its own tenant before it may wait longer: the scheduler judges that.
+    """
     if status is None:
         return Standing(down=Unavailable(f"The pool {model.pool!r} does not answer; try again shortly."))
     if model.id not in status.servable_models:
@@ -76,10 +79,10 @@ def standing(model: Model, status: PoolStatus | None, patience_ms: float) -> Sta
     if (reason := status.failed_models.get(model.id)) is not None:
         why = f"The model {model.id!r} could not be loaded: {reason}"
         return Standing(down=ProviderDown(why, retry_after_s=BROKEN_RETRY_S), may_try=True)
-    wait_ms = status.waits_ms.get(model.id, 0)
-    # Whoever comes at another priority, or has others of its own waiting, is judged by the scheduler.
-    if (least_ms := status.least_waits_ms.get(model.id, 0)) > patience_ms:
-        wait_s = math.ceil(least_ms / 1000)
+    waits_ms = status.interactive_waits_ms if priority == "interactive" else status.waits_ms
+    wait_ms = waits_ms.get(model.id, 0)
+    if wait_ms > patience_ms:
+        wait_s = math.ceil(wait_ms / 1000)
         why = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request may wait."
         return Standing(wait_ms, Unavailable(why, retry_after_s=wait_s))
     if model.id not in status.ready_models and not model.load_ms:

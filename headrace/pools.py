@@ -80,6 +80,6 @@ class Pools:
             except TimeoutError:
                 continue
 
-    def standing(self, patience_s: float) -> Callable[[Model], Standing]:
-        """How each model stands for a request that waits for at most `patience_s`."""
-        return lambda model: standing(model, self.status(model.pool), patience_s * 1000)
+    def standing(self, patience_s: float, priority: str) -> Callable[[Model], Standing]:
+        """How each model stands for a request of this priority that waits for at most `patience_s`."""
+        return lambda model: standing(model, self.status(model.pool), patience_s * 1000, priority)

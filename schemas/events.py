@@ -525,9 +525,9 @@ class PoolStatus(msgspec.Struct, omit_defaults=True):
     estimated_wait_ms: int = 0
     """The longest of `waits_ms`."""
     waits_ms: dict[str, int] = {}
-    """Model -> how long a request that comes now would wait for its slot, standard and the first of its tenant."""
-    least_waits_ms: dict[str, int] = {}
-    """Model -> how long an interactive one would: no request that comes now waits for less."""
+    """Model -> the least that a standard request which comes now waits for its slot, and one of batch work."""
+    interactive_waits_ms: dict[str, int] = {}
+    """Model -> the same of an interactive one."""
     workers: list[str] = []
     models: list[ModelState] = []
     wishes: PoolWishes = msgspec.field(default_factory=PoolWishes)

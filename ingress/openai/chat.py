@@ -153,8 +153,14 @@ def _admit(
         model = allowed_model(key, snapshot, body.model)
         check_context(body, model)
         named = model.id
-    standing_of, now_ms = services.pools.standing(wanted.patience_s), time.time_ns() // 1_000_000
+    standing_of = services.pools.standing(wanted.patience_s, _priority(wanted, body))
+    now_ms = time.time_ns() // 1_000_000
     return choose(snapshot, key, body.model, needs(asked), standing_of, at_ms=now_ms), named
+
+
+def _priority(wanted: Wishes, body: ChatCompletionRequest) -> str:
+    """The header's, else what the body's `service_tier` stands for."""
+    return wanted.priority or TIERS.get(body.service_tier or "", "standard")
 
 
 async def _reserve(
@@ -217,7 +223,7 @@ async def _publish(
         digest=ticket.digest,
         deadline_s=wanted.deadline_s,
         resume_s=wanted.resume_s,
-        priority=wanted.priority or TIERS.get(body.service_tier or "", "standard"),
+        priority=_priority(wanted, body),
         idempotency_key=wanted.idempotency_key,
         traceparent=wanted.traceparent,
         start_within_s=wanted.start_within_s,

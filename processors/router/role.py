@@ -110,7 +110,7 @@ class Router:
         if request.may_lead_elsewhere(snapshot):
             await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
         at = now_ms()
-        standing_of = self._pools.standing((request.patient_ms - at) / 1000)
+        standing_of = self._pools.standing((request.patient_ms - at) / 1000, request.envelope.priority)
         chosen = route(request, now_ms=at, snapshot=snapshot, key=key, standing_of=standing_of)
         if isinstance(chosen, Terminal):
             return [self._outcomes.end(chosen)]
@@ -181,7 +181,7 @@ class Router:
         except HeadraceError as error:
             return refused(request, now_ms(), error)
         await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
-        standing_of = self._pools.standing((request.patient_ms - now_ms()) / 1000)
+        standing_of = self._pools.standing((request.patient_ms - now_ms()) / 1000, request.envelope.priority)
         return check_model(request, key, snapshot, standing_of, now_ms()) or key
 
     async def _claim(self, message: Message, envelope: Envelope) -> bool:

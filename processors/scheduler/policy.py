@@ -613,15 +613,22 @@ def _failure(leases: list[Lease]) -> str | None:
     return leases[0].error
 
 
-def estimated_wait_ms(pool: Pool, model: Model, tenant: str = "", priority: Priority = Priority.STANDARD) -> int:
-    """Expected wait of a request that comes now; without a tenant, of one whose tenant has nothing waiting.
+def estimated_wait_ms(
+    pool: Pool, model: Model, tenant: str | None = None, priority: Priority = Priority.STANDARD
+) -> int:
+    """Expected wait of a request that comes now; without a tenant, the least that any of its priority waits.
 
     After the load a slot comes free every `service / slots` on average: once for each request that goes before it and
-    for itself, less the slots that are free now.
+    for itself, less the slots that are free now, or that batch work gives up for it.
     """
     leases = [lease for lease in pool.of_model(model.id) if lease.coming and not pool.blocked(lease)]
     slots = sum(model.max_concurrency for lease in leases) or model.max_concurrency
     free = slots - sum(lease.used for lease in leases)
+    if priority is not Priority.BATCH:
+        free += sum(yielding.gives(pool, lease) for lease in leases)
+    elif model.max_concurrency > 1:
+        free -= len(leases)  # Batch work leaves one free.
     load = 0 if any(lease.state is LeaseState.ACTIVE for lease in leases) else model.load_ms
-    turns = max(0.0, pool.queue(model.id).before(tenant, priority) + 1 - free)
+    queue = pool.queues.get(model.id)
+    turns = max(0.0, (queue.before(tenant, priority) if queue else 0.0) + 1 - free)
     return load + int(turns / slots * pool.service_ms.get(model.id, 0.0))

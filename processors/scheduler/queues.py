@@ -105,14 +105,15 @@ class Queue:
         """Requests that are not batch work."""
         return sum(len(lane) for (priority, _), lane in self._lanes.items() if priority is not Priority.BATCH)
 
-    def before(self, tenant: str, priority: Priority) -> float:
+    def before(self, tenant: str | None, priority: Priority) -> float:
         """About how many of those that wait go before a request that comes now.
 
         All of a higher priority, those of its tenant, and of each other tenant as many as its share lets through
-        meanwhile.
+        meanwhile. None stands for a tenant with the largest share, of which nothing waits.
         """
-        own = len(self._lanes.get((priority, tenant), ()))
-        turns = (own + 1) / self.weights.get(tenant, 1.0)
+        own = len(self._lanes.get((priority, tenant), ())) if tenant is not None else 0
+        share = max((1.0, *self.weights.values())) if tenant is None else self.weights.get(tenant, 1.0)
+        turns = (own + 1) / share
         count = float(own)
         for (theirs, other), lane in self._lanes.items():
             if theirs < priority:

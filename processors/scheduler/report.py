@@ -36,7 +36,7 @@ def pool_status(pool: Pool, name: str, now_ms: int, next_wish: int) -> PoolStatu
         running=len(pool.running),
         estimated_wait_ms=max(waits.values(), default=0),
         waits_ms=waits,
-        least_waits_ms={
+        interactive_waits_ms={
             model.id: policy.estimated_wait_ms(pool, model, priority=Priority.INTERACTIVE)
             for model in pool.models.values()
         },

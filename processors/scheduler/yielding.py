@@ -26,11 +26,16 @@ def yield_slots(pool: Pool, leases: Iterable[Lease], wanted: int) -> list[Action
     return actions
 
 
+def gives(pool: Pool, lease: Lease) -> int:
+    """Slots of a lease that batch work has given up, or would."""
+    running = [pool.running[request_id] for request_id in lease.running]
+    return sum(one.yielding or _may_yield(one) for one in running)
+
+
 def gives_way(pool: Pool, lease: Lease) -> bool:
     """Whether all that runs on a lease, or waits for its model, is batch work that loses nothing by giving way."""
     queue = pool.queues.get(lease.model)
-    running = [pool.running[request_id] for request_id in lease.running]
-    return not (queue and queue.pressing) and all(one.yielding or _may_yield(one) for one in running)
+    return not (queue and queue.pressing) and gives(pool, lease) == len(lease.running)
 
 
 def _may_yield(running: Running) -> bool:

@@ -257,7 +257,7 @@ def test_an_explanation_is_short() -> None:
 
 STATUS = PoolStatus(
     "default", 1, 0, ready_models=["m"], servable_models=["m", "cold"],
-    waits_ms={"m": 4_001}, least_waits_ms={"m": 2_001},
+    waits_ms={"m": 4_001}, interactive_waits_ms={"m": 2_001},
 )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ STATUS = PoolStatus(
         ({"servable_models": []}, Unavailable, False),
         ({"broken_models": {"m": "refused"}}, ProviderDown, False),
         ({"failed_models": {"m": "too large"}}, ProviderDown, True),
-        ({"least_waits_ms": {"m": 10_001}}, Unavailable, False),
+        ({"waits_ms": {"m": 10_001}}, Unavailable, False),
     ],
 )
 def test_why_a_model_is_down(changes: dict[str, object], error: type[HeadraceError], may_try: bool) -> None:
@@ -280,8 +280,10 @@ def test_a_stale_pool_is_down_and_the_wait_is_the_models_own() -> None:
     assert isinstance(standing(model("m"), None, 10_000).down, Unavailable)
     busy = msgspec.structs.replace(STATUS, estimated_wait_ms=99_000)
     assert standing(model("m"), busy, 10_000) == Standing(4_001)
-    assert standing(model("m"), busy, 4_000) == Standing(4_001), "the scheduler knows who asks"
-    late = standing(model("m"), busy, 2_000).down
+    late = standing(model("m"), busy, 4_000).down
+    assert late is not None and (late.retry_after_s, "about 5 s" in late.message) == (5, True)
+    assert standing(model("m"), busy, 4_000, "interactive") == Standing(2_001)
+    late = standing(model("m"), busy, 2_000, "interactive").down
     assert late is not None and (late.retry_after_s, "about 3 s" in late.message) == (3, True)
 
 

@@ -215,4 +215,4 @@ def test_a_scheduler_tells_how_each_model_stands() -> None:
     assert (told.term, told.ready_models, told.failed_models) == (3, ["a"], {"d": "no file"})
     assert (told.queued, told.running, told.workers) == (1, 1, ["w1"])
     assert (told.wishes, told.waits_ms.keys()) == (PoolWishes(4, unloaded=["e"]), pool.models.keys())
-    assert told.least_waits_ms == told.waits_ms
+    assert told.interactive_waits_ms == told.waits_ms

@@ -789,6 +789,29 @@ def test_the_wait_of_one_who_goes_first_is_not_that_of_the_queue() -> None:
     assert policy.estimated_wait_ms(pool, model, "other", Priority.BATCH) == 2_500
     pool.weights["other"] = 0.5
     assert policy.estimated_wait_ms(pool, model, "other") == 1_500, "two of a tenant with twice its share"
+    pool.weights["large"] = 4.0
+    assert policy.estimated_wait_ms(pool, model) == 625, "the least is that of the largest share"
+
+
+def test_slots_that_batch_work_gives_up_are_no_wait() -> None:
+    pool = ready({"one": Model("one", "p", "t", max_concurrency=1)})
+    pool.service_ms["one"] = 60_000.0
+    step(pool, messages.Arrived(Request("batch", "t", "one", 0, 10**9, priority=Priority.BATCH)), 0)
+    model = pool.models["one"]
+    assert policy.estimated_wait_ms(pool, model) == 60_000, "it cannot go on elsewhere yet"
+    pool.running["batch"].goes_on = True
+    assert (
+        policy.estimated_wait_ms(pool, model) == policy.estimated_wait_ms(pool, model, "t", Priority.INTERACTIVE) == 0
+    )
+    assert policy.estimated_wait_ms(pool, model, "t", Priority.BATCH) == 60_000
+    [yielded, *_] = step(pool, messages.Arrived(Request("now", "t", "one", 0, 5_000)), 0)
+    assert isinstance(yielded, messages.Recover) and yielded.running.request.id == "batch"
+    wide = ready({"one": Model("one", "p", "t", max_concurrency=4)})
+    wide.service_ms["one"] = 1_000.0
+    for number in range(3):
+        step(wide, messages.Arrived(Request(f"r{number}", "t", "one", 0, 10**9)), 0)
+    assert policy.estimated_wait_ms(wide, wide.models["one"]) == 0
+    assert policy.estimated_wait_ms(wide, wide.models["one"], "t", Priority.BATCH) == 250, "it leaves a slot free"
 
 
 def test_what_ended_before_its_request_came_again_holds_no_slot() -> None:
