@@ -35,7 +35,7 @@ async def ready(request: Request) -> JSONResponse:
     """Whether a chat request would be answered, if only by one of the models.
 
     `waiting_for` names the parts that are not there, also models that are being loaded while others serve; `failed` the
-    models that nobody can serve now. Neither keeps an ingress from serving the other models.
+    models that no worker serves, or could load. Neither keeps an ingress from serving the other models.
     """
     services: Services = request.app.state.services
     found = await readiness(services)
@@ -96,15 +96,15 @@ async def readiness(services: Services) -> Readiness:
 
 
 def _would_answer(model: Model, status: PoolStatus | None, found: Readiness) -> bool:
-    """Whether a request for the model would be answered without waiting for its load; notes in `found` why not."""
+    """Whether a request for the model would be served, with a load where it is loaded on demand; if not, why."""
     if status is None:
         found.waiting[f"scheduler of pool {model.pool}"] = "no status within 5 s"
     elif model.id not in status.servable_models:
         found.failed[model.id] = "no worker serves its provider"
-    elif not model.preload or model.id in (*status.ready_models, *status.wishes.unloaded):
-        return True
     elif (reason := status.failed_models.get(model.id)) is not None:
         found.failed[model.id] = f"could not be loaded: {reason}"
+    elif not model.preload or model.id in (*status.ready_models, *status.wishes.unloaded):
+        return True
     else:
         found.waiting[f"model {model.id}"] = "loading"
     return False

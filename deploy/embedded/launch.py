@@ -146,16 +146,26 @@ class _Stack:
         telling = asyncio.create_task(self._tell_what_is_missing())
         try:
             for url in self._endpoints.ingress_urls:
-
-                async def complete(url: str = url) -> bool:
-                    return (await probes.health(url)).complete
-
-                if not await probes.until(complete, _READY_SECONDS, pause=0.1):
-                    raise StartFailed(f"{url}/health/ready is not 200 after {_READY_SECONDS:.0f} s: see {self._logs}")
+                found = await self._health_of(url)
         finally:
             telling.cancel()
-        for model, why in (await probes.health(self._endpoints.url)).failed.items():
+        for model, why in found.failed.items():
             self._report(f"model {model} is not served: {why} (it is tried again; logs are in {self._logs})")
+        for part, why in found.waiting_for.items():
+            self._report(f"{part} is not there yet: {why} (logs are in {self._logs})")
+
+    async def _health_of(self, url: str) -> probes.Health:
+        """How an ingress stands once nothing is on its way any more, or, if it serves, after a while."""
+        found = probes.Health()
+
+        async def complete() -> bool:
+            nonlocal found
+            found = await probes.health(url)
+            return found.complete
+
+        if not await probes.until(complete, _READY_SECONDS, pause=0.1) and not found.ready:
+            raise StartFailed(f"{url}/health/ready is not 200 after {_READY_SECONDS:.0f} s: see {self._logs}")
+        return found
 
     async def _tell_what_is_missing(self) -> None:
         """What the first ingress waits for, when the start takes long."""
