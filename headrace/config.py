@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "chat_template": str,
         "device": str,
         "dtype": str,
+        "idle_timeout_s": float,
     },
     "ollama": {**_REMOTE_OPTIONS, "memory_bytes": int, "parallel": int, "pull": bool},
     "openai": {**_REMOTE_OPTIONS, "continues": str},

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import msgspec
@@ -24,6 +24,7 @@ from processors.generation.providers.hf.sampling import Sampler
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Made = TypeVar("Made")
 
 ALIVE_S = 15.0
 """A comment is sent when nothing else was for so long, and the engine does not hang: a long prompt is not to be taken
@@ -45,6 +46,8 @@ class App:
         self._vocabulary = int(loaded.model.get_output_embeddings().weight.shape[0])
         self._forms = Forms(loaded.tokenizer, self._vocabulary, loaded.ends)
         self._encoding = threading.Lock()
+        self._prepares: dict[object, float] = {}
+        """When work on prompts began that threads of their own do now."""
         self._queues: dict[Answer, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.adapters = Adapters(loaded)
@@ -69,8 +72,8 @@ class App:
             raise Refusal(401, "invalid_api_key", "the key is wrong")
         match scope["method"], scope["path"].removeprefix("/v1"):
             case "GET", "/health":
-                if self.engine.hangs(self._step_s):
-                    raise Refusal(503, "engine_hangs", f"the engine is in one step for over {self._step_s:g} s")
+                if self._hangs:
+                    raise Refusal(503, "engine_hangs", f"one step, or one prompt, takes over {self._step_s:g} s")
                 await _answer(send, 200, b'{"status":"ok"}')
             case "GET", "/props":
                 await _answer(send, 200, msgspec.json.encode(self._props()))
@@ -79,12 +82,25 @@ class App:
                 slots = [{"id": slot, "is_processing": slot in busy} for slot in range(self.engine.slots)]
                 await _answer(send, 200, msgspec.json.encode(slots))
             case "POST", "/chat/completions/input_tokens":
-                prompt = await asyncio.to_thread(self._encode, await _ask(receive))
+                prompt = await self._apart(self._encode, await _ask(receive))
                 await _answer(send, 200, msgspec.json.encode({"input_tokens": len(prompt)}))
             case "POST", "/chat/completions":
                 await self._chat(await _ask(receive), receive, send)
             case _:
                 raise Refusal(404, "not_found", f"there is no {scope['method']} {scope['path']}")
+
+    @property
+    def _hangs(self) -> bool:
+        now = time.monotonic()
+        return self.engine.hangs(self._step_s) or any(now - began > self._step_s for began in self._prepares.values())
+
+    async def _apart(self, work: Callable[[Ask], Made], ask: Ask) -> Made:
+        """Work on a prompt, which takes long for a long one, in a thread of its own."""
+        self._prepares[work_id := object()] = time.monotonic()
+        try:
+            return await asyncio.to_thread(work, ask)
+        finally:
+            del self._prepares[work_id]
 
     def _props(self) -> dict[str, object]:
         """What the worker reads at start; the form is llama-server's."""
@@ -139,7 +155,7 @@ class App:
         )
 
     async def _chat(self, ask: Ask, receive: Receive, send: Send) -> None:
-        answer = await asyncio.to_thread(self._prepare, ask)
+        answer = await self._apart(self._prepare, ask)
         queue = self._queues[answer] = asyncio.Queue()
         gone = asyncio.create_task(_disconnected(receive))
         writing = asyncio.create_task(self._write(answer, queue, send))
@@ -161,7 +177,7 @@ class App:
                 async with asyncio.timeout(min(ALIVE_S, self._step_s / 4)):
                     events = [await queue.get()]
             except TimeoutError:
-                if self.engine.hangs(self._step_s):
+                if self._hangs:
                     continue  # Whoever reads finds that nothing comes, and asks how we are.
                 await send({"type": "http.response.body", "body": b": alive\n\n", "more_body": True})
                 continue
