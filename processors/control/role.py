@@ -117,9 +117,12 @@ class ControlProcessor:
         """One transaction for the whole batch. A failure ends the process, so that memory never runs ahead of Kafka."""
         writes: list[Write] = []
         outcomes: list[CommandOutcome] = []
+        decided: list[str] = []
         for message in messages:
             made, outcome = await self._one(message)
             writes += made
+            if outcome is not None and any(write.kind in TOPICS for write in made):
+                decided.append(outcome.id)
             if outcome is not None:
                 outcomes.append(outcome)
         if writes:
@@ -135,9 +138,8 @@ class ControlProcessor:
                 if write.kind in CONTROL_RECORDS
             ]
         )
-        if writes:
-            done = [one.id for one in outcomes if one.status == "applied"]
-            log.info("commands_in_force", records=len(writes), commands=done[:LOGGED], more=max(0, len(done) - LOGGED))
+        if decided:
+            log.info("commands_in_force", commands=decided[:LOGGED], more=max(0, len(decided) - LOGGED))
         await self._tell(outcomes)
 
     async def _one(self, message: Message) -> tuple[list[Write], CommandOutcome | None]:

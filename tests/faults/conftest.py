@@ -20,7 +20,7 @@ PRICE = {"input": "1.50", "output": "7.25", "cached": "0.30"}
 """Of `paid`, in dollars a million tokens."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def victim(tmp_path_factory: pytest.TempPathFactory, upstream_url: str) -> Iterator[Stack]:
     """A stack with two ingresses whose processes are killed."""
     directory = tmp_path_factory.mktemp("victim")
@@ -47,7 +47,7 @@ def seed(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--seed"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def note(seed: int, moments: int) -> Iterator[Note]:
     """Takes what a kill did; all of them are written when the session ends."""
     noted: list[dict[str, object]] = []
