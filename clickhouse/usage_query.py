@@ -1,16 +1,19 @@
 """Questions about usage: a validated query becomes SQL over the rollups, with every value a bound parameter. Pure.
 
-A range is covered by the coarsest windows that fit: whole days, the hours around them, the minutes around those, and
-the rows themselves at the edges. No text of a caller's reaches the SQL: names come from the tables below.
+A range is covered by the coarsest windows that fit and whose sums are right: whole days, the hours around and between
+them, and the rows themselves at the edges and where rows came since the sums. What there is, is asked first
+(`windows_sql`): views that look for themselves (`usage_by_day`) are planned for longer than all else takes. No text of
+a caller's reaches the SQL: names come from the tables below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
+from typing import Any
 
 DIMENSIONS: dict[str, str] = {
     "tenant": "tenant",
@@ -102,60 +105,99 @@ class UsageQuery:
                 raise BadUsageQuery(f"give 1 to {MAX_VALUES} values for {name!r}")
 
     @property
+    def rolled(self) -> bool:
+        """Whether sums can answer it. Nobody adds up by worker, as there would be a sum for nearly every request."""
+        return "worker" not in (*self.by, *self.where)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Names of the answer's columns."""
         start = () if self.bucket is Bucket.NONE else ("start",)
         return (*start, *self.by, "currency", *MEASURES)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of a range, and the windows that cover it."""
-
-    grain: str
-    begin: datetime
-    end: datetime
+HOUR_S, DAY_S = 3_600, 86_400
+MAX_RANGES = 64
+"""Of rows, in one statement; where usage is in more pieces than that, all of it is read as rows."""
 
 
-_FLOORS: tuple[tuple[str, int], ...] = (("day", 86_400), ("hour", 3_600))
-_SOURCES = {"day": ("usage_by_day", "day"), "hour": ("usage_by_hour", "hour")}
+@dataclass(slots=True)
+class Windows:
+    """The hours and days of a range in which there is usage: their starts, in Unix seconds.
+
+    Each has the number of the sums that are right, or None where rows came since they were made.
+    """
+
+    days: dict[int, int | None] = field(default_factory=dict)
+    hours: dict[int, int | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Any]]) -> Windows:
+        """From what `windows_sql` gives."""
+        made = cls()
+        for grain, start, computation, clean in rows:
+            (made.days if grain == "day" else made.hours)[start] = computation if clean else None
+        return made
 
 
-def cover(begin: datetime, end: datetime, *, finest: Bucket) -> Iterator[Piece]:
-    """Pieces that hold each moment of the range once: windows no longer than the steps, the coarsest that fit."""
-    usable = [
-        (grain, length)
-        for grain, length in _FLOORS
-        if not (finest is Bucket.MINUTE or (finest is Bucket.HOUR and grain == "day"))
-    ]
-    yield from _cover(begin, end, usable)
+@dataclass(slots=True)
+class Cover:
+    """A range in parts that hold each of its moments once."""
+
+    days: dict[int, int] = field(default_factory=dict)
+    hours: dict[int, int] = field(default_factory=dict)
+    """Start of a window -> number of its sums."""
+    rows: list[tuple[datetime, datetime]] = field(default_factory=list)
+    """Begin and end of what is read row by row, in order."""
 
 
-def _cover(begin: datetime, end: datetime, grains: list[tuple[str, int]]) -> Iterator[Piece]:
-    if begin >= end:
-        return
-    if not grains:
-        yield Piece("row", begin, end)
-        return
-    (grain, length), finer = grains[0], grains[1:]
-    first, last = _ceil(begin, length), _floor(end, length)
-    if first >= last:
-        yield from _cover(begin, end, finer)
-        return
-    yield from _cover(begin, first, finer)
-    yield Piece(grain, first, last)
-    yield from _cover(last, end, finer)
+def cover(begin: datetime, end: datetime, *, finest: Bucket, windows: Windows) -> Cover:
+    """Parts of a range: windows no longer than the steps, the coarsest that fit; nothing where there is no usage."""
+    first, last = _ceil(begin, HOUR_S), _floor(end, HOUR_S)
+    if finest is Bucket.MINUTE or first >= last:
+        return Cover(rows=[(begin, end)])
+    made = Cover(rows=[(begin, _at(first))])
+    if finest is not Bucket.HOUR:
+        whole = range(_ceil(begin, DAY_S), _floor(end, DAY_S))
+        made.days = {day: number for day, number in windows.days.items() if number is not None and day in whole}
+    for hour, number in sorted(windows.hours.items()):
+        if not first <= hour < last or hour // DAY_S * DAY_S in made.days:
+            continue
+        if number is not None:
+            made.hours[hour] = number
+        elif made.rows[-1][1] == _at(hour):
+            made.rows[-1] = (made.rows[-1][0], _at(hour + HOUR_S))
+        else:
+            made.rows.append((_at(hour), _at(hour + HOUR_S)))
+    made.rows = [(one, other) for one, other in [*made.rows, (_at(last), end)] if one < other]
+    return made if len(made.rows) <= MAX_RANGES else Cover(rows=[(begin, end)])
 
 
-def _floor(at: datetime, length_s: int) -> datetime:
-    return datetime.fromtimestamp(at.timestamp() // length_s * length_s, UTC)
+def _floor(at: datetime, length_s: int) -> int:
+    return int(at.timestamp() // length_s) * length_s
 
 
-def _ceil(at: datetime, length_s: int) -> datetime:
-    return datetime.fromtimestamp(-(-at.timestamp() // length_s) * length_s, UTC)
+def _ceil(at: datetime, length_s: int) -> int:
+    return -int(-at.timestamp() // length_s) * length_s
 
 
-def build(query: UsageQuery) -> tuple[str, dict[str, object]]:
+def _at(seconds: int) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def windows_sql(query: UsageQuery) -> tuple[str, dict[str, object]] | None:
+    """What gives the windows of a question's range, and its parameters; None where none of them could be used."""
+    if not query.rolled or query.bucket is Bucket.MINUTE:
+        return None
+    values: dict[str, object] = {"b": _text(_at(_floor(query.begin, DAY_S))), "e": _text(query.end)}
+    return (
+        "SELECT toString(grain), toUnixTimestamp(window), computation, toBool(clean) FROM usage_windows "
+        "WHERE window >= {b:DateTime64(3, 'UTC')} AND window < {e:DateTime64(3, 'UTC')}",
+        values,
+    )
+
+
+def build(query: UsageQuery, windows: Windows) -> tuple[str, dict[str, object]]:
     """The SQL of a question and the values of its parameters (`{name:Type}`)."""
     values: dict[str, object] = {"limit": query.limit}
     labels = list(dict.fromkeys([*(DIMENSIONS[name] for name in query.by), "currency"]))
@@ -163,20 +205,31 @@ def build(query: UsageQuery) -> tuple[str, dict[str, object]]:
     for number, (name, wanted) in enumerate(query.where.items()):
         values[f"f{number}"] = list(wanted)
         filters.append(f"{DIMENSIONS[name]} IN {{f{number}:Array(String)}}")
-    parts = []
-    # Nobody adds up by worker, as there would be a sum for nearly every request: rows tell.
-    rolled = "worker" not in (*query.by, *query.where)
-    pieces = cover(query.begin, query.end, finest=query.bucket) if rolled else [Piece("row", query.begin, query.end)]
-    for number, piece in enumerate(pieces):
-        values[f"b{number}"], values[f"e{number}"] = _text(piece.begin), _text(piece.end)
-        parts.append(_part(piece, number, labels, filters))
+    if query.rolled:
+        parts = cover(query.begin, query.end, finest=query.bucket, windows=windows)
+    else:
+        parts = Cover(rows=[(query.begin, query.end)])
+    selects = [
+        _select(time, labels, _SUMMED, f"usage_{time}s_raw", [_of_windows(time, summed), *filters])
+        for time, summed in (("day", parts.days), ("hour", parts.hours))
+        if summed
+    ]
+    if parts.rows or not selects:
+        ranges = []
+        for number, (begin, end) in enumerate(parts.rows or [(query.begin, query.begin)]):
+            values[f"b{number}"], values[f"e{number}"] = _text(begin), _text(end)
+            bounds = f"{{b{number}:DateTime64(3, 'UTC')}}", f"{{e{number}:DateTime64(3, 'UTC')}}"
+            ranges.append(f"accepted_at >= {bounds[0]} AND accepted_at < {bounds[1]}")
+        where = [f"({' OR '.join(ranges)})", *filters]
+        sums = [_of_row(name) for name in _SUMMED]
+        selects.append(_select("toStartOfMinute(accepted_at)", labels, sums, "usage", where))
     start = _START.get(query.bucket)
     named = [f"{DIMENSIONS[name]} AS `{name}`" if name != DIMENSIONS[name] else name for name in query.by]
     shown = [*([f"{start} AS start"] if start else []), *named, "currency", *map(_measure, MEASURES)]
     groups = [*(["start"] if start else []), *labels]
     order = ["start"] if start else []
     sql = (
-        f"SELECT {', '.join(shown)} FROM ({' UNION ALL '.join(parts)}) AS part "  # noqa: S608
+        f"SELECT {', '.join(shown)} FROM ({' UNION ALL '.join(selects)}) AS part "  # noqa: S608
         f"GROUP BY {', '.join(groups)} "
         f"ORDER BY {', '.join([*order, 'cost DESC', 'requests DESC', *labels])} LIMIT {{limit:UInt32}}"
     )
@@ -190,16 +243,18 @@ def _measure(name: str) -> str:
     return f"sum(part.{name}) AS {name}"
 
 
-def _part(piece: Piece, number: int, labels: list[str], filters: list[str]) -> str:
-    begin, end = f"{{b{number}:DateTime64(3, 'UTC')}}", f"{{e{number}:DateTime64(3, 'UTC')}}"
-    if piece.grain == "row":
-        at, source = "toStartOfMinute(accepted_at)", "usage"
-        time, sums = "accepted_at", [_of_row(name) for name in _SUMMED]
-    else:
-        source, time = _SOURCES[piece.grain]
-        at, sums = time, list(_SUMMED)
-    where = " AND ".join([f"{time} >= {begin}", f"{time} < {end}", *filters])
-    return f"SELECT {at} AS at, {', '.join(labels)}, {', '.join(sums)} FROM {source} WHERE {where}"  # noqa: S608
+def _select(at: str, labels: Sequence[str], sums: Sequence[str], source: str, where: Sequence[str]) -> str:
+    return f"SELECT {at} AS at, {', '.join(labels)}, {', '.join(sums)} FROM {source} WHERE {' AND '.join(where)}"  # noqa: S608
+
+
+def _of_windows(time: str, summed: Mapping[int, int]) -> str:
+    """Rows of these sums: numbers of ours, so many that they stand in the text."""
+    starts = sorted(summed)
+    numbers = ",".join(str(summed[start]) for start in starts)
+    return (
+        f"{time} >= toDateTime({starts[0]}, 'UTC') AND {time} <= toDateTime({starts[-1]}, 'UTC') AND computation = "
+        f"transform(toUInt32({time}), [{','.join(map(str, starts))}], [{numbers}], 0)"
+    )
 
 
 def _of_row(name: str) -> str:

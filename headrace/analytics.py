@@ -7,13 +7,14 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import structlog
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
 from clickhouse.client import connect, database_name
 from clickhouse.errors import Away, code, sentence
-from clickhouse.usage_query import UsageQuery, build, plain
+from clickhouse.usage_query import UsageQuery, Windows, build, plain, windows_sql
 from headrace.errors import Unavailable
 from headrace.settings import Settings
 
@@ -48,6 +49,16 @@ def _cell(value: object) -> object:
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "@", "\t", "\r") else value
 
 
+async def answered(client: AsyncClient, query: UsageQuery) -> Sequence[Sequence[Any]]:
+    """Rows of a question, as the client gives them. Raises as ClickHouse does."""
+    windows = Windows()
+    if (asked := windows_sql(query)) is not None:
+        found = await client.query(asked[0], parameters=asked[1], settings=dict(READ_ONLY))
+        windows = Windows.of(found.result_rows)
+    sql, values = build(query, windows)
+    return (await client.query(sql, parameters=values, settings=dict(READ_ONLY))).result_rows
+
+
 class Analytics:
     """A connection that is made when it is first needed."""
 
@@ -57,23 +68,21 @@ class Analytics:
 
     async def usage(self, query: UsageQuery) -> UsageAnswer:
         """The answer. Raises `Unavailable` while ClickHouse is away."""
-        sql, values = build(query)
         try:
-            rows = await self._ask(sql, values)
+            return await self._answered(query)
         except Away as error:
             if code(error) is None:  # A connection that lay idle may have been closed under the question.
                 with contextlib.suppress(*Away):
-                    return UsageAnswer(query.columns, await self._ask(sql, values))
+                    return await self._answered(query)
             log.warning("usage_unanswered", error=sentence(error), code=code(error))
             raise Unavailable("Usage cannot be read now (ClickHouse does not answer); try again.") from error
-        return UsageAnswer(query.columns, rows)
 
-    async def _ask(self, sql: str, values: dict[str, object]) -> list[tuple[object, ...]]:
+    async def _answered(self, query: UsageQuery) -> UsageAnswer:
         if self._client is None:
             database = database_name(self._settings)
             self._client = await connect(self._settings, database=database, timeout_s=TIMEOUT_S + 5.0)
-        found = await self._client.query(sql, parameters=values, settings=dict(READ_ONLY))
-        return [tuple(plain(value) for value in row) for row in found.result_rows]
+        rows = await answered(self._client, query)
+        return UsageAnswer(query.columns, [tuple(plain(value) for value in row) for row in rows])
 
     async def stop(self) -> None:
         """Close the connection, if there is one."""

@@ -34,8 +34,9 @@ from clickhouse.client import connect
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
 from clickhouse.rollups import Rollups
-from clickhouse.usage_query import Bucket, UsageQuery, build
+from clickhouse.usage_query import Bucket, UsageQuery
 from deploy.embedded.ports import PortBook
+from headrace.analytics import answered
 from headrace.settings import Settings
 from processors.sink.batch import Batch, Limits
 from schemas.events import Status, UsageEvent
@@ -156,15 +157,15 @@ async def measured(conf: Settings, process: psutil.Process, rows: int, seed: int
     )  # fmt: skip
 
 
-Question = tuple[str, dict[str, object]]
-"""SQL and the values of its parameters."""
+Question = UsageQuery | str
+"""As `/admin/usage` asks, or SQL."""
 
 
 def questions(now: datetime) -> Iterator[tuple[str, Question]]:
     """What dashboards ask."""
 
     def asked(days: float, bucket: Bucket, by: tuple[str, ...], **where: tuple[str, ...]) -> Question:
-        return build(UsageQuery(now - timedelta(days=days), now, bucket, by, where))
+        return UsageQuery(now - timedelta(days=days), now, bucket, by, where)
 
     yield "spend by tenant, 90 days", asked(90, Bucket.NONE, ("tenant",))
     yield "spend by tenant and day, 90 days", asked(90, Bucket.DAY, ("tenant",))
@@ -173,15 +174,12 @@ def questions(now: datetime) -> Iterator[tuple[str, Question]]:
     yield "one tenant's keys by day, 30 days", asked(30, Bucket.DAY, ("key",), tenant=("tenant-0",))
     yield "errors by model, 30 days", asked(30, Bucket.NONE, ("model", "error"), status=("failed",))
     yield "the last hour by minute", asked(1 / 24, Bucket.MINUTE, ("model",))
-    yield "spend_by_tenant_daily, 30 days", ("SELECT * FROM spend_by_tenant_daily WHERE day > today() - 30", {})
+    yield "spend_by_tenant_daily, 30 days", "SELECT * FROM spend_by_tenant_daily WHERE day > today() - 30"
     yield (
         "latency_by_model_hourly, 7 days",
-        ("SELECT * FROM latency_by_model_hourly WHERE hour > now('UTC') - INTERVAL 7 DAY", {}),
+        "SELECT * FROM latency_by_model_hourly WHERE hour > now('UTC') - INTERVAL 7 DAY",
     )
-    yield (
-        "fairness_by_tenant, 1 day",
-        ("SELECT * FROM fairness_by_tenant WHERE hour > now('UTC') - INTERVAL 1 DAY", {}),
-    )
+    yield "fairness_by_tenant, 1 day", "SELECT * FROM fairness_by_tenant WHERE hour > now('UTC') - INTERVAL 1 DAY"
 
 
 async def timed(client: AsyncClient, name: str, question: Question) -> Timed:
@@ -190,9 +188,11 @@ async def timed(client: AsyncClient, name: str, question: Question) -> Timed:
     rows = 0
     for _ in range(REPEATS):
         start = time.perf_counter()
-        found = await client.query(question[0], parameters=question[1])
+        if isinstance(question, UsageQuery):
+            rows = len(await answered(client, question))
+        else:
+            rows = len((await client.query(question)).result_rows)
         took.append((time.perf_counter() - start) * 1000)
-        rows = len(found.result_rows)
     took.sort()
     return Timed(name, round(took[len(took) // 2], 1), round(took[int(0.95 * len(took))], 1), rows)
 

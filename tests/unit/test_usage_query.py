@@ -3,41 +3,72 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from clickhouse.usage_query import DIMENSIONS, BadUsageQuery, Bucket, UsageQuery, build, cover
+from clickhouse.usage_query import (
+    DIMENSIONS,
+    MAX_RANGES,
+    BadUsageQuery,
+    Bucket,
+    Cover,
+    UsageQuery,
+    Windows,
+    build,
+    cover,
+)
 
 BEGAN = datetime(2026, 9, 29, tzinfo=UTC)
 MOMENTS = st.integers(0, 400 * 86_400_000).map(lambda ms: BEGAN + timedelta(milliseconds=ms))
 
 
-@given(one=MOMENTS, other=MOMENTS, bucket=st.sampled_from(Bucket))
-def test_pieces_cover_a_range_once_and_none_is_longer_than_a_step(
-    one: datetime, other: datetime, bucket: Bucket
+HOUR_S, DAY_S = 3_600, 86_400
+KNOWN = st.lists(st.tuples(st.integers(0, 400 * 24 - 1), st.booleans(), st.booleans()), max_size=60)
+"""(hour, whether its sums are right, whether those of its day are) of the hours in which there is usage."""
+
+
+@given(one=MOMENTS, other=MOMENTS, bucket=st.sampled_from(Bucket), known=KNOWN)
+def test_a_cover_holds_all_usage_once_in_no_longer_steps_and_only_in_sums_that_are_right(
+    one: datetime, other: datetime, bucket: Bucket, known: list[tuple[int, bool, bool]]
 ) -> None:
     begin, end = sorted((one, other))
-    pieces = list(cover(begin, end, finest=bucket))
-    if begin == end:
-        assert not pieces
-        return
-    assert (pieces[0].begin, pieces[-1].end) == (begin, end)
-    assert all(before.end == after.begin for before, after in pairwise(pieces))
-    for piece in pieces:
-        length = {"day": 86_400, "hour": 3_600, "row": 0.001}[piece.grain]
-        assert piece.begin < piece.end
-        assert piece.begin.timestamp() % length < 1e-6 or piece.grain == "row"
-        assert piece.end.timestamp() % length < 1e-6 or piece.grain == "row"
-        if bucket is Bucket.HOUR:
-            assert piece.grain != "day"
-        if bucket is Bucket.MINUTE:
-            assert piece.grain == "row"
-    rows = sum(((piece.end - piece.begin) for piece in pieces if piece.grain == "row"), timedelta())
-    if bucket is not Bucket.MINUTE:
-        assert rows < timedelta(hours=2), "the rows themselves are read at the edges only"
+    assume(begin < end)
+    origin = int(BEGAN.timestamp())
+    windows = Windows()
+    for hour, clean, day_clean in known:
+        start = origin + hour * HOUR_S
+        windows.hours[start] = 7 if clean else None
+        windows.days[start // DAY_S * DAY_S] = 9 if day_clean else None
+    made = cover(begin, end, finest=bucket, windows=windows)
+    for start in windows.hours:
+        for at in (start, start + HOUR_S - 0.001, begin.timestamp(), end.timestamp() - 0.001):
+            if not (start <= at < start + HOUR_S and begin.timestamp() <= at < end.timestamp()):
+                continue
+            holding = (
+                [day for day in made.days if day <= at < day + DAY_S]
+                + [hour for hour in made.hours if hour <= at < hour + HOUR_S]
+                + [first for first, last in made.rows if first.timestamp() <= at < last.timestamp()]
+            )
+            assert len(holding) == 1, "each moment with usage is read once"
+    for sums, held, length in ((made.days, windows.days, DAY_S), (made.hours, windows.hours, HOUR_S)):
+        for start, number in sums.items():
+            assert held[start] == number, "sums that are not right are not used"
+            assert begin.timestamp() <= start and start + length <= end.timestamp(), "and none that reaches beyond"
+    assert all(begin <= first < last <= end for first, last in made.rows)
+    assert len(made.rows) <= MAX_RANGES
+    assert not made.days or bucket not in (Bucket.HOUR, Bucket.MINUTE)
+    assert not made.hours or bucket is not Bucket.MINUTE
+
+
+def test_where_sums_lie_in_too_many_pieces_all_is_read_as_rows() -> None:
+    origin = int(BEGAN.timestamp())
+    windows = Windows(hours={origin + 2 * n * HOUR_S: None for n in range(MAX_RANGES + 1)})
+    end = BEGAN + timedelta(days=30)
+    assert cover(BEGAN, end, finest=Bucket.DAY, windows=windows) == Cover(rows=[(BEGAN, end)])
+    del windows.hours[origin]
+    assert len(cover(BEGAN, end, finest=Bucket.DAY, windows=windows).rows) == MAX_RANGES
 
 
 HOSTILE = st.text(st.characters(codec="utf-8"), min_size=1) | st.sampled_from(["'; DROP TABLE usage --", "{b0:String}"])
@@ -47,10 +78,11 @@ HOSTILE = st.text(st.characters(codec="utf-8"), min_size=1) | st.sampled_from(["
 def test_what_a_caller_says_is_a_bound_value(value: str, name: str) -> None:
     end = BEGAN + timedelta(days=40, minutes=3)
     marked = f"\u2603{value}"
-    sql, values = build(UsageQuery(BEGAN, end, Bucket.DAY, (name,), {name: (marked,)}))
+    windows = Windows(days={int(BEGAN.timestamp()): 3}, hours={int(BEGAN.timestamp()) + 40 * DAY_S: 4})
+    sql, values = build(UsageQuery(BEGAN, end, Bucket.DAY, (name,), {name: (marked,)}), windows)
     assert "\u2603" not in sql
     assert [marked] in values.values()
-    assert sql == build(UsageQuery(BEGAN, end, Bucket.DAY, (name,), {name: ("x",)}))[0]
+    assert sql == build(UsageQuery(BEGAN, end, Bucket.DAY, (name,), {name: ("x",)}), windows)[0]
 
 
 @pytest.mark.parametrize(
