@@ -89,8 +89,8 @@ async def ready(stack: Stack, api: Api) -> None:
         await until(partial(api.answers, model), f"{model} answers", 60)
 
 
-def crowd(api: Api, chance: random.Random) -> list[asyncio.Task[Told]]:
-    """Long answers, two for each slot."""
+def crowd(api: Api, chance: random.Random, begun: asyncio.Event | None = None) -> list[asyncio.Task[Told]]:
+    """Long answers, two for each slot; `begun` is set when one of them has some text."""
     return [
         asyncio.create_task(
             told(
@@ -98,7 +98,8 @@ def crowd(api: Api, chance: random.Random) -> list[asyncio.Task[Told]]:
                 body(
                     f"Write a long story about {chance.randrange(1_000)} ships.",
                     model="victim", max_tokens=80, temperature=0.8, seed=chance.randrange(1_000),
-                )
+                ),
+                begun or asyncio.Event(),
             )
         )
         for _ in range(CROWD)
@@ -112,9 +113,12 @@ class Told(Seen):
     ended_s: float = 0.0
 
 
-async def told(api: Api, question: dict[str, object]) -> Told:
+async def told(api: Api, question: dict[str, object], begun: asyncio.Event) -> Told:
     """A stream read to its end."""
-    seen = await api.stream(question)
+    async with api.open(question) as reader:
+        await reader.until_text()
+        begun.set()
+        seen = await reader.rest()
     return Told(**vars(seen), ended_s=time.monotonic())
 
 
@@ -185,8 +189,9 @@ async def test_a_hanging_engine(real: Stack, wakes: bool, moments: int, seed: in
 async def _hangs(real: Stack, api: Api, chance: random.Random, note: Note, *, wakes: bool) -> None:
     before, since = await lease(real, "victim"), await end_offsets(real.settings, LOG)
     engine = await engine_of(real, "victim")
-    asked = crowd(api, chance)
-    await asyncio.sleep(at_s := chance.uniform(0.3, BUSY_S))
+    asked = crowd(api, chance, begun := asyncio.Event())
+    await begun.wait()
+    await asyncio.sleep(at_s := chance.uniform(0.0, BUSY_S / 2))
     began = time.monotonic()
     await freeze(engine)
     other = await api.ask(body("Hi.", model="neighbour", max_tokens=3))

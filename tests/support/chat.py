@@ -179,6 +179,15 @@ class Reader:
             self.seen.take(await anext(self._lines))
         return self.seen
 
+    async def until_text(self) -> Seen:
+        """Read until there is some text, or the answer turns out to have none."""
+        while self.seen.status == 200 and not (self.seen.text or self.seen.done or self.seen.error or self.seen.broken):
+            try:
+                self.seen.take(await anext(self._lines))
+            except (StopAsyncIteration, httpx.TransportError):
+                self.seen.broken = True
+        return self.seen
+
     async def close(self) -> None:
         """Leave."""
         await self._response.aclose()
