@@ -622,13 +622,12 @@ def estimated_wait_ms(
     for itself, less the slots that are free now, or that batch work gives up for it.
     """
     leases = [lease for lease in pool.of_model(model.id) if lease.coming and not pool.blocked(lease)]
-    slots = sum(model.max_concurrency for lease in leases) or model.max_concurrency
-    free = slots - sum(lease.used for lease in leases)
-    if priority is not Priority.BATCH:
-        free += sum(yielding.gives(pool, lease) for lease in leases)
-    elif model.max_concurrency > 1:
-        free -= len(leases)  # Batch work leaves one free.
     load = 0 if any(lease.state is LeaseState.ACTIVE for lease in leases) else model.load_ms
-    queue = pool.queues.get(model.id)
-    turns = max(0.0, (queue.before(tenant, priority) if queue else 0.0) + 1 - free)
-    return load + int(turns / slots * pool.service_ms.get(model.id, 0.0))
+    slots = sum(model.max_concurrency for lease in leases) or model.max_concurrency
+    queue, service = pool.queues.get(model.id), pool.service_ms.get(model.id, 0.0)
+    turns = (queue.before(tenant, priority) if queue else 0.0) + 1 - slots + sum(lease.used for lease in leases)
+    if priority is not Priority.BATCH:
+        turns -= sum(yielding.gives(pool, lease) for lease in leases)
+    elif model.max_concurrency > 1:
+        turns += len(leases)  # Batch work leaves one free.
+    return load + int(max(0.0, turns) / slots * service)

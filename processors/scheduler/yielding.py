@@ -28,14 +28,18 @@ def yield_slots(pool: Pool, leases: Iterable[Lease], wanted: int) -> list[Action
 
 def gives(pool: Pool, lease: Lease) -> int:
     """Slots of a lease that batch work has given up, or would."""
-    running = [pool.running[request_id] for request_id in lease.running]
-    return sum(one.yielding or _may_yield(one) for one in running)
+    return sum(_gives(pool, request_id) for request_id in lease.running)
 
 
 def gives_way(pool: Pool, lease: Lease) -> bool:
     """Whether all that runs on a lease, or waits for its model, is batch work that loses nothing by giving way."""
     queue = pool.queues.get(lease.model)
-    return not (queue and queue.pressing) and gives(pool, lease) == len(lease.running)
+    return not (queue and queue.pressing) and all(_gives(pool, request_id) for request_id in lease.running)
+
+
+def _gives(pool: Pool, request_id: str) -> bool:
+    running = pool.running[request_id]
+    return running.yielding or _may_yield(running)
 
 
 def _may_yield(running: Running) -> bool:
