@@ -29,7 +29,7 @@ from tests.support.adapters import write_adapter
 from tests.support.waiting import until
 
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
-START_SECONDS = 150.0
+START_SECONDS = 200.0
 STOP_SECONDS = 60.0
 NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Everything here is plain HTTP; loading the trusted certificates for each client would take longer than the call."""
