@@ -5,6 +5,7 @@ them, and the rows themselves at the edges and where rows came since the sums. W
 (`windows_sql`): views that look for themselves (`usage_by_day`) are planned for longer than all else takes. No text of
 a caller's reaches the SQL: names come from the tables below.
 """
+# ruff: noqa: S608  (names of the tables below, and numbers that the engine gave, stand in the statements)
 
 from __future__ import annotations
 
@@ -187,7 +188,7 @@ def _at(seconds: int) -> datetime:
 
 def windows_sql(query: UsageQuery) -> tuple[str, dict[str, object]] | None:
     """What gives the windows of a question's range, and its parameters; None where none of them could be used."""
-    if not query.rolled or query.bucket is Bucket.MINUTE:
+    if not query.rolled or query.bucket is Bucket.MINUTE or _ceil(query.begin, HOUR_S) >= _floor(query.end, HOUR_S):
         return None
     values: dict[str, object] = {"b": _text(_at(_floor(query.begin, DAY_S))), "e": _text(query.end)}
     return (
@@ -229,7 +230,7 @@ def build(query: UsageQuery, windows: Windows) -> tuple[str, dict[str, object]]:
     groups = [*(["start"] if start else []), *labels]
     order = ["start"] if start else []
     sql = (
-        f"SELECT {', '.join(shown)} FROM ({' UNION ALL '.join(selects)}) AS part "  # noqa: S608
+        f"SELECT {', '.join(shown)} FROM ({' UNION ALL '.join(selects)}) AS part "
         f"GROUP BY {', '.join(groups)} "
         f"ORDER BY {', '.join([*order, 'cost DESC', 'requests DESC', *labels])} LIMIT {{limit:UInt32}}"
     )
@@ -244,7 +245,7 @@ def _measure(name: str) -> str:
 
 
 def _select(at: str, labels: Sequence[str], sums: Sequence[str], source: str, where: Sequence[str]) -> str:
-    return f"SELECT {at} AS at, {', '.join(labels)}, {', '.join(sums)} FROM {source} WHERE {' AND '.join(where)}"  # noqa: S608
+    return f"SELECT {at} AS at, {', '.join(labels)}, {', '.join(sums)} FROM {source} WHERE {' AND '.join(where)}"
 
 
 def _of_windows(time: str, summed: Mapping[int, int]) -> str:

@@ -55,7 +55,7 @@ class _Demo:
     def run(self) -> int:
         """Start, show, stop; the exit code is 0 when all of it went well."""
         if not self._keep:
-            os.environ.update({**kafka.SHORT_LIVED, **os.environ})
+            kafka.live_shortly()
         port = self._port
         if port and not ports.is_free(_HOST, port):
             self._console.print(f"Port {port} is in use; a free one is taken.")

@@ -165,11 +165,12 @@ async def _stack(data_dir: Path) -> list[Finding]:
             Finding("port 8000", free, "free" if free else "in use", advice),
         ]
     clickhouse = found.clickhouse_url.rpartition("@")[2]
+    health = {url: await probes.health(url) for url in found.ingress_urls}
     answers = {
         "kafka": await probes.kafka_answers(found.kafka_bootstrap),
         "valkey": await probes.valkey_answers(found.redis_url),
         "clickhouse": await probes.http_answers(f"http://{clickhouse}/ping"),
-    } | {f"{url}/health/ready": await probes.http_answers(f"{url}/health/ready") for url in found.ingress_urls}
+    } | {f"{url}/health/ready": said.ready for url, said in health.items()}
     logs = Path(found.data_dir) / "logs"
     findings = [Finding("stack", True, f"{found.url}, process {found.pid}, version {found.version}")]
     findings += [
@@ -178,7 +179,7 @@ async def _stack(data_dir: Path) -> list[Finding]:
     for name, child in found.children.items():
         detail = f"{child.pid}, {child.restarts} restarts" if child.pid else "does not run"
         findings.append(Finding(f"process {name}", child.pid is not None, detail, f"see {child.log}"))
-    failed = (await probes.health(found.url)).failed
+    failed = {model: why for said in health.values() for model, why in said.failed.items()}
     findings += [Finding(f"model {model}", False, why, f"see {logs}") for model, why in failed.items()]
     return findings + await _models(found.kafka_bootstrap, found.redis_url)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,14 +11,14 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 from xdist.workermanage import WorkerController
 
-from deploy.embedded.kafka import SHORT_LIVED
+from deploy.embedded.kafka import live_shortly
 from tests.support.backends import ran
 from tests.support.chat import Api
 from tests.support.stacks import Stack, running_stack, upstream
 
 MakeStack = Callable[..., Stack]
 
-os.environ.update({**SHORT_LIVED, **os.environ})
+live_shortly()
 
 FOLDERS = ("unit", "walks", "contract", "extras", "parts", "integration", "stacks", "faults")
 """In the order in which one process runs them: what is cheap first."""

@@ -31,9 +31,6 @@ _JVM = (
 )
 """Small: about 190 MB resident. Without a limit on cached buffers each I/O thread keeps one as large as the largest
 record."""
-SHORT_LIVED = {"JDK_JAVA_OPTIONS": "-XX:TieredStopAtLevel=1"}
-"""Environment for a broker that lives for minutes. With the optimizing compiler it takes 10 s of CPU in place of 5
-until a whole stack is ready, and goes on for minutes; in the long run that compiler saves the broker a third."""
 
 _LOG4J = """\
 status=WARN
@@ -174,6 +171,15 @@ def _cluster_id() -> str:
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         if not cluster.startswith("-"):
             return cluster
+
+
+def live_shortly() -> None:
+    """Have the brokers that this process starts do without the optimizing compiler, unless its environment has options.
+
+    For those that live for minutes: with it a broker takes 10 s of CPU in place of 5 until a whole stack is ready, and
+    goes on for minutes; in the long run that compiler saves it a third.
+    """
+    os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 
 def java_command(java: Path, jars: Sequence[Path], *flags: str) -> tuple[str, ...]:

@@ -144,6 +144,7 @@ class _Stack:
 
     async def _wait_ready(self) -> None:
         telling = asyncio.create_task(self._tell_what_is_missing())
+        found = probes.Health()
         try:
             for url in self._endpoints.ingress_urls:
                 found = await self._health_of(url)

@@ -6,8 +6,8 @@ import asyncio
 import json
 import struct
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
-from urllib.parse import urlsplit
+from dataclasses import dataclass, field
+from urllib.parse import SplitResult, urlsplit
 
 _TIMEOUT = 5.0
 
@@ -49,20 +49,20 @@ async def valkey_answers(url: str) -> bool:
 async def http_answers(url: str) -> bool:
     """Whether a GET of an `http://` URL is answered by 200."""
     parts = urlsplit(url)
-    question = f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.hostname}\r\nConnection: close\r\n\r\n"
     try:
-        answer = await _ask(parts.hostname or "127.0.0.1", parts.port or 80, question.encode())
+        answer = await _ask(parts.hostname or "127.0.0.1", parts.port or 80, _question(parts))
     except (OSError, TimeoutError):
         return False
     return answer.split(b" ", 2)[1:2] == [b"200"]
 
 
-class Health(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Health:
     """What an ingress says of itself in `/health/ready`."""
 
     ready: bool = False
-    waiting_for: dict[str, str] = {}  # noqa: RUF012  (nobody changes it)
-    failed: dict[str, str] = {}  # noqa: RUF012
+    waiting_for: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -73,21 +73,24 @@ class Health(NamedTuple):
 async def health(url: str) -> Health:
     """How the ingress at this URL stands; not ready when it does not answer."""
     try:
-        said = json.loads(await http_body(f"{url}/health/ready"))
+        said = json.loads(await _http_body(f"{url}/health/ready"))
         return Health(said["status"] == "ready", said["waiting_for"], said["failed"])
     except (ValueError, KeyError, TypeError):
         return Health()
 
 
-async def http_body(url: str) -> bytes:
+def _question(parts: SplitResult) -> bytes:
+    return f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.hostname}\r\nConnection: close\r\n\r\n".encode()
+
+
+async def _http_body(url: str) -> bytes:
     """The body that a GET of an `http://` URL is answered with, whatever its status; empty without an answer."""
     parts = urlsplit(url)
-    question = f"GET {parts.path or '/'} HTTP/1.0\r\nHost: {parts.hostname}\r\nConnection: close\r\n\r\n"
     try:
         async with asyncio.timeout(_TIMEOUT):
             reader, writer = await asyncio.open_connection(parts.hostname or "127.0.0.1", parts.port or 80)
             try:
-                writer.write(question.encode())
+                writer.write(_question(parts))
                 answer = await reader.read()
             finally:
                 writer.close()

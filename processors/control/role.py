@@ -121,10 +121,10 @@ class ControlProcessor:
         for message in messages:
             made, outcome = await self._one(message)
             writes += made
-            if outcome is not None and any(write.kind in TOPICS for write in made):
-                decided.append(outcome.id)
             if outcome is not None:
                 outcomes.append(outcome)
+                if any(write.kind in TOPICS for write in made):
+                    decided.append(outcome.id)
         if writes:
             writes.append(self._trail.head())
         for app in apps_with_publishers(writes):

@@ -49,7 +49,7 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="package")
 def note(seed: int, moments: int) -> Iterator[Note]:
-    """Takes what a kill did; all of them are written when the session ends."""
+    """Takes what a kill did; all of them are written when these tests end."""
     noted: list[dict[str, object]] = []
 
     def take(**fields: object) -> None:

@@ -89,7 +89,7 @@ async def ready(stack: Stack, api: Api) -> None:
         await until(partial(api.answers, model), f"{model} answers", 60)
 
 
-def crowd(api: Api, chance: random.Random, begun: asyncio.Event | None = None) -> list[asyncio.Task[Told]]:
+def crowd(api: Api, chance: random.Random, begun: asyncio.Event) -> list[asyncio.Task[Told]]:
     """Long answers, two for each slot; `begun` is set when one of them has some text."""
     return [
         asyncio.create_task(
@@ -99,7 +99,7 @@ def crowd(api: Api, chance: random.Random, begun: asyncio.Event | None = None) -
                     f"Write a long story about {chance.randrange(1_000)} ships.",
                     model="victim", max_tokens=80, temperature=0.8, seed=chance.randrange(1_000),
                 ),
-                begun or asyncio.Event(),
+                begun,
             )
         )
         for _ in range(CROWD)
@@ -156,7 +156,7 @@ async def test_a_killed_engine(real: Stack, moments: int, seed: int, note: Note)
         for _ in range(moments):
             before, since = await lease(real, "victim"), await end_offsets(real.settings, LOG)
             engine = await engine_of(real, "victim")
-            asked = crowd(api, chance)
+            asked = crowd(api, chance, asyncio.Event())
             at_s = chance.uniform(0.05, BUSY_S)
             await asyncio.sleep(at_s)
             began = time.monotonic()

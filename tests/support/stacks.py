@@ -20,6 +20,7 @@ import psutil
 
 from bench.gateway.stack import up_command, upstream
 from bench.gateway.tally import Entry, Stats
+from deploy.embedded import probes
 from deploy.embedded.ports import is_free
 from deploy.embedded.stack import Endpoints, discover
 from headrace import sql
@@ -234,17 +235,13 @@ class Stack:
 
     async def ready(self, within_s: float = 60.0) -> None:
         """Wait until every ingress says that it is ready, and waits for no model."""
-        async with httpx.AsyncClient(timeout=5, verify=NO_TLS) as client:
-            for url in self.ingress_urls:
+        for url in self.ingress_urls:
 
-                async def answers(url: str = url) -> bool:
-                    try:
-                        said = (await client.get(f"{url}/health/ready")).json()
-                        return bool(said["status"] == "ready" and not said["waiting_for"] and not said["failed"])
-                    except httpx.HTTPError:
-                        return False
+            async def answers(url: str = url) -> bool:
+                said = await probes.health(url)
+                return said.complete and not said.failed
 
-                await until(answers, f"{url} is ready", within_s)
+            await until(answers, f"{url} is ready", within_s)
 
     # --- commands and the upstream ----------------------------------------------------------------------------
 

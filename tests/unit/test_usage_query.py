@@ -9,7 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from clickhouse.usage_query import (
+    DAY_S,
     DIMENSIONS,
+    HOUR_S,
     MAX_RANGES,
     BadUsageQuery,
     Bucket,
@@ -23,8 +25,6 @@ from clickhouse.usage_query import (
 BEGAN = datetime(2026, 9, 29, tzinfo=UTC)
 MOMENTS = st.integers(0, 400 * 86_400_000).map(lambda ms: BEGAN + timedelta(milliseconds=ms))
 
-
-HOUR_S, DAY_S = 3_600, 86_400
 KNOWN = st.lists(st.tuples(st.integers(0, 400 * 24 - 1), st.booleans(), st.booleans()), max_size=60)
 """(hour, whether its sums are right, whether those of its day are) of the hours in which there is usage."""
 
