@@ -144,7 +144,7 @@ class _Rebuild:
         ends = await self._measure()
         items: list[Item] = []
         size = 0
-        async for record in self._reader.read_to_end(self._assignment):
+        async for record in self._reader.read_to_end(self._assignment, ends):
             self.report.records += 1
             try:
                 items.append(read(record))
@@ -155,14 +155,11 @@ class _Rebuild:
                 await self._write(projection, items)
                 items, size = [], 0
         await self._write(projection, items)
-        for partition, end in ends.items():
-            # A fetch may reach beyond the end; what it brought from there was not given to us and must come again.
-            self._reader.consumer.seek(partition, end)
 
     async def _measure(self) -> Offsets:
         ends: dict[TopicPartition, int] = await self._reader.consumer.end_offsets(self._assignment)
         for partition, end in ends.items():
-            self._to_read += max(0, end - await self._reader.consumer.position(partition))
+            self._to_read += max(0, end - await self._reader.position(partition))
         return ends
 
     async def _write(self, projection: Projection, items: list[Item]) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 from aiokafka import TopicPartition
 
+from headrace import audit
 from headrace.audit_chain import Check, Place, Verdict
 from headrace.control_log import CommittedReader, replay_control
 from headrace.settings import Settings
 from schemas.audit import AuditEvent, AuditHead
 from topics.catalogue import AUDIT_EVENTS, AUDIT_HEADS
 from topics.clients import LogReader
-from topics.record import Record
 
 WINDOW = 2_000
 """Offsets that are read at a time, from the newest back."""
@@ -41,7 +41,7 @@ class Filter:
 
     def said(self) -> dict[str, str]:
         """What is asked for, as the trail says who looked for it."""
-        return {f"only_{name}": str(value) for name, value in dataclasses.asdict(self).items() if value}
+        return audit.only({name: value or None for name, value in dataclasses.asdict(self).items()})
 
     def takes(self, event: AuditEvent) -> bool:
         """Whether an event is wanted."""
@@ -111,20 +111,12 @@ async def _between(reader: LogReader, partition: TopicPartition, start: int, end
     """The events from `start` to before `end`, with their offsets; what is no event is left to `verify`."""
     found: list[tuple[int, AuditEvent]] = []
     reader.consumer.seek(partition, start)
-    async for record in _read(reader, partition, end):
+    async for record in reader.read_to_end([partition], {partition: end}):
         try:
             found.append((record.offset, _event.decode(record.value or b"")))
         except msgspec.MsgspecError:
             continue
     return found
-
-
-async def _read(reader: LogReader, partition: TopicPartition, end: int) -> AsyncIterator[Record]:
-    while await reader.consumer.position(partition) < end:
-        for records in (await reader.consumer.getmany(partition, timeout_ms=1000)).values():
-            for record in records:
-                if record.offset < end:
-                    yield record
 
 
 def noted(lines: Iterable[str]) -> list[Place]:
@@ -149,6 +141,6 @@ async def verify(settings: Settings, witnesses: Sequence[Place] = ()) -> Verdict
         [partition] = reader.assign([AUDIT_EVENTS])
         _, end = await _bounds(reader, partition)
         await reader.consumer.seek_to_beginning(partition)
-        async for record in _read(reader, partition, end):
+        async for record in reader.read_to_end([partition], {partition: end}):
             check.take(record.value)
     return check.end(await heads(settings))

@@ -49,17 +49,17 @@ class Replay:
             await consumer.seek_to_beginning(*self._assignment)
         ends = await consumer.end_offsets(self._assignment)
         count = 0
-        while behind := [at for at in self._assignment if await consumer.position(at) < ends[at]]:
+        while behind := [at for at in self._assignment if await self._reader.position(at) < ends[at]]:
             consumer.resume(*behind)
             # What came after the ends is taken too, and not only passed over: the positions must be true.
-            for records in (await consumer.getmany(timeout_ms=1000)).values():
+            for records in (await self._reader.more(behind)).values():
                 for record in records:
                     self._take(record)
                     count += 1
         # A fetch that waits would hold up the next question for the ends: a broker answers one connection in order.
         consumer.pause(*self._assignment)
         for at in self._assignment:
-            self.offsets[at.topic] = await consumer.position(at)
+            self.offsets[at.topic] = await self._reader.position(at)
         return count
 
     def _take(self, record: Record) -> None:

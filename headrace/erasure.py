@@ -12,9 +12,23 @@ from headrace.errors import HeadraceError, InvalidRequest, Unavailable
 from headrace.projection import Projection
 from schemas.control import APP, KEY, REQUEST, Erasure
 from schemas.ids import normalise_request_id
-from topics.catalogue import DAY_MS, DEAD_LETTERS, HOUR_MS, LOG, REPLIES, REQUESTS, ROUTED, Topic, worker_commands
+from topics.catalogue import (
+    DAY_MS,
+    DEAD_LETTERS,
+    HOUR_MS,
+    LOG,
+    PUBLISHED,
+    REPLIES,
+    REQUESTS,
+    ROUTED,
+    Topic,
+    answers_of,
+    worker_commands,
+)
 
-CONTENT: tuple[Topic, ...] = (REQUESTS, ROUTED, worker_commands("*"), REPLIES, LOG, DEAD_LETTERS)
+CONTENT: tuple[Topic, ...] = (
+    REQUESTS, ROUTED, worker_commands("*"), REPLIES, PUBLISHED, LOG, answers_of("*"), DEAD_LETTERS,
+)  # fmt: skip
 """The topics that hold what was asked and answered. Kafka cannot take single records out of them."""
 SWEEP_MS = 10 * 60_000
 """How much later than it could, a broker looks for what it may delete, and deletes it."""

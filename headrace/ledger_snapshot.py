@@ -9,6 +9,7 @@ import msgspec
 import structlog
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError
 
 from headrace.ledger import Ledger, Tally
 from headrace.settings import Settings
@@ -26,6 +27,8 @@ METERING_GROUP = "headrace-metering"
 CLOCK_SKEW_MS = 60_000
 """Producers stamp usage events and dead letters by their own clocks."""
 RECHECK_S = 0.25
+COORDINATOR_S = 20.0
+"""How long the brokers may take to name a group's coordinator: in a new cluster they first make its topic."""
 
 _usage = msgspec.json.Decoder(UsageEvent)
 
@@ -100,12 +103,8 @@ async def _usage_events(
     async with admin_client(cluster, "ledger") as admin:
         while True:
             lag = await _lag(admin, log_ends)
-            ends = await reader.consumer.end_offsets(assignment)
             async for record in reader.read_to_end(assignment):
                 _count_usage(tally, record)
-            for partition, end in ends.items():
-                # A fetch may reach beyond the end; what it brought from there was not given to us and must come again.
-                reader.consumer.seek(partition, end)
             if not lag or not tally.without_usage() or asyncio.get_running_loop().time() >= give_up:
                 return lag
             await asyncio.sleep(RECHECK_S)
@@ -120,5 +119,13 @@ def _count_usage(tally: Tally, record: Record) -> None:
 
 async def _lag(admin: AIOKafkaAdminClient, ends: dict[TopicPartition, int]) -> int:
     """Records before `ends` that metering has not committed; a group that never committed lags by all of them."""
-    found = await admin.list_consumer_group_offsets(METERING_GROUP, partitions=list(ends))
+    give_up = asyncio.get_running_loop().time() + COORDINATOR_S
+    while True:
+        try:
+            found = await admin.list_consumer_group_offsets(METERING_GROUP, partitions=list(ends))
+            break
+        except (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
+            if asyncio.get_running_loop().time() >= give_up:
+                raise
+            await asyncio.sleep(RECHECK_S)
     return sum(max(0, end - max(0, found[partition].offset)) for partition, end in ends.items() if partition in found)

@@ -206,11 +206,7 @@ async def page(
 
 async def _between(reader: LogReader, partition: TopicPartition, start: int, end: int) -> list[Letter]:
     reader.consumer.seek(partition, start)
-    found: list[Letter] = []
-    while await reader.consumer.position(partition) < end:
-        for records in (await reader.consumer.getmany(partition, timeout_ms=1000, max_records=WINDOW)).values():
-            found += [letter_of(record) for record in records if record.offset < end]
-    return found
+    return [letter_of(record) async for record in reader.read_to_end([partition], {partition: end})]
 
 
 async def replay(

@@ -52,16 +52,16 @@ _READ_SOME = (
 _APPLY = (
     LUA_STATE
     + """
-local outcomes, changed = {}, false
+local outcomes, known, moved, base = {}, {}, {}, 'hr:'..(gen or '')..':'
 for i = 1, #ARGV, 6 do
   local kind, key, topic, offset, value = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), nil
   if ARGV[i + 4] == '1' then value = ARGV[i + 5] end
+  if whole == 1 and not known[topic] then known[topic] = tonumber(redis.call('HGET', base..'offsets', topic) or '0') end
   if whole == 0 then
     outcomes[#outcomes + 1] = 'incomplete'
-  elseif offset < tonumber(redis.call('HGET', 'hr:'..gen..':offsets', topic) or '0') then
+  elseif offset < known[topic] then
     outcomes[#outcomes + 1] = 'known'
   else
-    local base = 'hr:'..gen..':'
     if kind == 'keys' then
       local before = redis.call('HGET', base..kind, key)
       if before then redis.call('HDEL', base..'key_ids', cjson.decode(before).id) end
@@ -77,12 +77,12 @@ for i = 1, #ARGV, 6 do
     if kind ~= '' then
       if value then redis.call('HSET', base..kind, key, value) else redis.call('HDEL', base..kind, key) end
     end
-    redis.call('HSET', base..'offsets', topic, string.format('%.0f', offset + 1))
+    known[topic], moved[topic] = offset + 1, true
     outcomes[#outcomes + 1] = 'applied'
-    changed = true
   end
 end
-if changed then redis.call('PUBLISH', 'hr:changes', redis.call('INCR', 'hr:'..gen..':version')) end
+for topic in pairs(moved) do redis.call('HSET', base..'offsets', topic, string.format('%.0f', known[topic])) end
+if next(moved) then redis.call('PUBLISH', 'hr:changes', redis.call('INCR', base..'version')) end
 return outcomes
 """
 )

@@ -107,8 +107,8 @@ async def _restore_idempotency(settings: Settings, redis: Redis, progress: Progr
         assignment = reader.assign([REQUESTS])
         await reader.seek_to_time(assignment, now_ms - IDEMPOTENCY_TTL_MS)
         ends = await reader.consumer.end_offsets(assignment)
-        total = sum([ends[at] - await reader.consumer.position(at) for at in assignment])
-        async for records in reader.batches_to_end(assignment):
+        total = sum([ends[at] - await reader.position(at) for at in assignment])
+        async for records in reader.batches_to_end(assignment, ends):
             count += await _remember(redis, records, now_ms, seals)
             done += len(records)
             if progress is not None:

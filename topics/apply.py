@@ -115,7 +115,7 @@ async def apply_all(settings: Settings, *, workers: Sequence[str], allow_shorter
 async def ensure(settings: Settings, topic: Topic) -> bool:
     """Make one topic if it is not there, and wait for its leaders; whether it was made. Raises `ApplyError`."""
     async with admin_client(settings.kafka, f"topics-{settings.instance}") as admin:
-        missing = topic.name not in await actual_topics(admin, {topic.name})
+        missing = topic.name not in await admin.list_topics()
         await _create(admin, settings, [topic] if missing else [])
         await _wait_for_leaders(admin, [topic])
     return missing

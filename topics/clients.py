@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, KafkaTimeoutError
 from aiokafka.structs import RecordMetadata
 
+from headrace.cancellation import end
 from topics import tolerant_records
 from topics.catalogue import MAX_MESSAGE_BYTES, Topic
-from topics.cluster import Cluster, start_client
+from topics.cluster import Cluster, pace, start_client
 from topics.record import Record
 
 log = structlog.get_logger(__name__)
@@ -30,16 +31,27 @@ LATER_S = 0.1
 
 MAX_BATCH = 500
 """Records that a reader of a whole log holds decoded, at most."""
+POLL_MS = 1000
 CLOSE_S = 3.0
+STALLED_S = 60.0
+"""How long a reader waits for what must come, since it is in the log: it outlasts the start of a broker, and the 40 s
+after which the client gives a question up that nobody answers."""
 
 
-async def close(client: str, closing: Awaitable[None]) -> None:
-    """Await the end of a Kafka client, for `CLOSE_S` at most: it would wait long for brokers that are away."""
+async def close(client: str, closing: Coroutine[Any, Any, None]) -> None:
+    """Await the end of a Kafka client, for `CLOSE_S` at most: it would wait long for brokers that are away.
+
+    The client suppresses cancellations while it closes, so that one is not enough to end that.
+    """
+    task = asyncio.create_task(closing)
     try:
-        async with asyncio.timeout(CLOSE_S):
-            await closing
-    except TimeoutError:
-        log.warning("client_not_closed_in_order", client=client)
+        await asyncio.wait((task,), timeout=CLOSE_S)
+        if task.done():
+            task.result()
+        else:
+            log.warning("client_not_closed_in_order", client=client)
+    finally:
+        await end(task)
 
 
 class _Later(NamedTuple):
@@ -173,7 +185,7 @@ def make_consumer(
     fetch_bytes: int = MAX_MESSAGE_BYTES,
 ) -> AIOKafkaConsumer:
     """A consumer without a group, to be assigned by hand; `committed` passes over what transactions took back."""
-    return AIOKafkaConsumer(
+    consumer = AIOKafkaConsumer(
         **cluster.consumer_options(),
         client_id=client_id,
         group_id=None,
@@ -183,10 +195,16 @@ def make_consumer(
         max_partition_fetch_bytes=fetch_bytes,
         isolation_level="read_committed" if committed else "read_uncommitted",
     )
+    pace(consumer)
+    return consumer
 
 
 class LogReader:
-    """Reads topics from chosen positions, without a group: for tails, warm-ups, look-ups and rebuilds."""
+    """Reads topics from chosen positions, without a group: for tails, warm-ups, look-ups and rebuilds.
+
+    What reads to an end that is known raises `KafkaTimeoutError` when nothing has moved for `stalled_s` seconds: the
+    client itself asks again for ever, and says nothing.
+    """
 
     def __init__(
         self,
@@ -196,12 +214,14 @@ class LogReader:
         max_wait_ms: int = 100,
         committed: bool = False,
         fetch_bytes: int = MAX_MESSAGE_BYTES,
+        stalled_s: float = STALLED_S,
     ) -> None:
         """`max_wait_ms` is how long an idle fetch stays with the brokers; a new assignment waits for it to return.
 
         `fetch_bytes` bounds what is fetched of a partition at a time; a larger record comes whole all the same.
         """
         self._cluster = cluster
+        self._stalled_s = stalled_s
         self.consumer = make_consumer(
             cluster, client_id, max_wait_ms=max_wait_ms, committed=committed, fetch_bytes=fetch_bytes
         )
@@ -264,25 +284,57 @@ class LogReader:
             at = found.get(partition)
             self.consumer.seek(partition, at.offset if at is not None else ends[partition])
 
-    async def read_to_end(self, assignment: Sequence[TopicPartition]) -> AsyncIterator[Record]:
-        """Every record from the current positions to the ends as they are now; then stop."""
-        async for records in self.batches_to_end(assignment):
+    async def read_to_end(
+        self, assignment: Sequence[TopicPartition], ends: Mapping[TopicPartition, int] | None = None
+    ) -> AsyncIterator[Record]:
+        """Every record from the current positions to before `ends`, or the ends as they are now; then stand there."""
+        async for records in self.batches_to_end(assignment, ends):
             for record in records:
                 yield record
 
-    async def batches_to_end(self, assignment: Sequence[TopicPartition]) -> AsyncIterator[list[Record]]:
+    async def batches_to_end(
+        self, assignment: Sequence[TopicPartition], ends: Mapping[TopicPartition, int] | None = None
+    ) -> AsyncIterator[list[Record]]:
         """The same as lists of at most `MAX_BATCH` records of one partition, for those who write them somewhere."""
-        ends = await self.consumer.end_offsets(list(assignment))
-        open_ = set()
-        for partition in assignment:
-            if await self.consumer.position(partition) < ends[partition]:
-                open_.add(partition)
+        if ends is None:
+            ends = await self.consumer.end_offsets(list(assignment))
+        open_ = [at for at in assignment if await self.position(at) < ends[at]]
         while open_:
-            batches = await self.consumer.getmany(*open_, timeout_ms=1000, max_records=MAX_BATCH)
-            for partition, records in batches.items():
-                yield [record for record in records if record.offset < ends[partition]]
-            for partition in list(open_):
-                if await self.consumer.position(partition) >= ends[partition]:
-                    open_.discard(partition)
+            for at, records in (await self.more(open_)).items():
+                yield [record for record in records if record.offset < ends[at]]
+            for at in list(open_):
+                if await self.position(at) >= ends[at]:
+                    open_.remove(at)
                     # A fetch may have gone past the end as it was: the next call begins where this one ended.
-                    self.consumer.seek(partition, ends[partition])
+                    self.consumer.seek(at, ends[at])
+
+    async def position(self, partition: TopicPartition) -> int:
+        """The offset of what comes next of an assigned partition. Raises `KafkaTimeoutError`."""
+        async with self._patience(partition):
+            return int(await self.consumer.position(partition))
+
+    async def more(
+        self, partitions: Sequence[TopicPartition], *, max_records: int = MAX_BATCH
+    ) -> dict[TopicPartition, list[Record]]:
+        """What comes next of some partitions that are known to have more; waits until it is there.
+
+        Empty when a position went on without a record: marks of transactions, and what was taken back, have offsets
+        too. Raises `KafkaTimeoutError`.
+        """
+        async with self._patience(*partitions):
+            before = [await self.consumer.position(at) for at in partitions]
+            while True:
+                found: dict[TopicPartition, list[Record]] = await self.consumer.getmany(
+                    *partitions, timeout_ms=POLL_MS, max_records=max_records
+                )
+                if found or [await self.consumer.position(at) for at in partitions] != before:
+                    return found
+
+    @asynccontextmanager
+    async def _patience(self, *partitions: TopicPartition) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._stalled_s):
+                yield
+        except TimeoutError as error:
+            names = ", ".join(sorted({f"{at.topic}/{at.partition}" for at in partitions}))
+            raise KafkaTimeoutError(f"nothing moved in {self._stalled_s:g} s though there is more: {names}") from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol, TypedDict
 
+from aiokafka import AIOKafkaConsumer
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.conn import create_conn
 from aiokafka.errors import (
     AuthenticationFailedError,
@@ -30,6 +33,9 @@ FETCHER_WAKES_MS = 1_000
 
 All that matters wakes it anyway. The library's own 200 ms are 80 wake-ups a second in a stack where nothing happens.
 """
+
+ASK_AGAIN_S = 0.1
+"""How long a client that could not learn where its topics are waits before it asks again."""
 
 _REFUSALS = (AuthenticationFailedError, SaslAuthenticationFailed, UnsupportedSaslMechanismError, IllegalSaslStateError)
 
@@ -186,3 +192,21 @@ async def start_client(cluster: Cluster, client: Client) -> None:
     except KafkaConnectionError:
         await knock(cluster)  # The client only says that it could not connect.
         raise
+
+
+def pace(consumer: AIOKafkaConsumer) -> None:
+    """Have a consumer wait before it asks again where its topics are.
+
+    A consumer of aiokafka 0.14 that is assigned a topic while the brokers are away, or do not know it, asks as fast
+    as it is refused: thousands of times a second, for as long as that lasts. Nothing it takes sets a pause.
+    """
+    client = consumer._client
+    ask = client._metadata_update
+
+    async def ask_and_rest(cluster: ClusterMetadata, topics: Collection[str] | None) -> bool:
+        known: bool = await ask(cluster, topics)
+        if not known or any(cluster.partitions_for_topic(topic) is None for topic in topics or ()):
+            await asyncio.sleep(ASK_AGAIN_S)
+        return known
+
+    client._metadata_update = ask_and_rest

@@ -21,7 +21,7 @@ from faust.types import TP, Message
 from mode.services import Service
 from mode.types import ServiceT
 
-from topics.cluster import FETCHER_WAKES_MS, Cluster
+from topics.cluster import FETCHER_WAKES_MS, Cluster, pace
 
 YIELD_EVERY = 100
 """Records handed to the stream before the loop runs something else."""
@@ -36,6 +36,7 @@ class LoopConsumer(driver.AIOKafkaConsumerThread):
     def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:
         consumer = super()._create_worker_consumer(transport)
         consumer._consumer_timeout = FETCHER_WAKES_MS / 1000  # which Faust does not pass on
+        pace(consumer)
         return consumer
 
     async def start(self) -> None:

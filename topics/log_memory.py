@@ -28,7 +28,7 @@ async def warm(cluster: Cluster, client_id: str, partition: int, upto: int, sinc
     async with LogReader(cluster, client_id) as reader:
         reader.assign([LOG], [partition])
         await reader.seek_to_time([tp], since_ms)
-        if await reader.consumer.position(tp) < upto:
+        if await reader.position(tp) < upto:
             async for record in reader.read_to_end([tp]):
                 if record.offset >= upto:
                     break

@@ -1,4 +1,4 @@
-"""Commands on data: `migrate`, `sql`, `rebuild` and `ledger`; `dead-letters` is registered from its own module."""
+"""Commands on data: `migrate`, `sql`, `rebuild`, `ledger`; `usage`, `reprice`, `dead-letters` have own modules."""
 
 from __future__ import annotations
 

@@ -91,9 +91,8 @@ async def _look(conf: Settings, number: int, *, body: bool) -> Letter:
     if letter is None:
         raise stop(f"there is no letter {number}; see `headrace dead-letters list`")
     await _readable(conf, [letter])
-    async with Producer(conf.kafka, "dead-letters") as producer:
-        said = audit.note("read", "dead-letters", str(number), actor=ACTOR, body=str(body).lower())
-        await audit.record(producer, said)
+    said = audit.note("read", "dead-letters", str(number), actor=ACTOR, body=str(body).lower())
+    await audit.record_alone(conf, said)
     return letter
 
 

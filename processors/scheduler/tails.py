@@ -12,8 +12,8 @@ import msgspec
 import structlog
 from aiokafka import TopicPartition
 
-from schemas.events import Cancellation, PoolCommand, Usage, WorkerStatus
-from topics.catalogue import CANCELLATIONS, LOG, POOL_COMMANDS, POOL_TERMS, WORKER_STATUS
+from schemas.events import Cancellation, IngressStatus, PoolCommand, Usage, WorkerStatus
+from topics.catalogue import CANCELLATIONS, INGRESS_STATUS, LOG, POOL_COMMANDS, POOL_TERMS, WORKER_STATUS
 from topics.clients import LogReader
 from topics.cluster import Cluster
 from topics.record import Record
@@ -41,6 +41,7 @@ class _Opened(msgspec.Struct, tag_field="type", tag="attempt_opened"):
 _head = msgspec.json.Decoder(Ended | _Opened)
 _cancellation = msgspec.json.Decoder(Cancellation)
 _status = msgspec.json.Decoder(WorkerStatus)
+_ingress = msgspec.json.Decoder(IngressStatus)
 _wish = msgspec.json.Decoder(PoolCommand)
 
 
@@ -55,6 +56,8 @@ class Tails:
         on_opened: Callable[[str, int], Awaitable[None]],
         on_cancellation: Callable[[Cancellation], Awaitable[None]],
         on_heartbeat: Callable[[WorkerStatus], Awaitable[None]],
+        on_ingress: Callable[[IngressStatus], None],
+        on_unreadable: Callable[[Record, str], Awaitable[None]],
         on_term: Callable[[str, int], Awaitable[None]],
         on_wish: Callable[[PoolCommand, int, int], Awaitable[None]],
     ) -> None:
@@ -65,6 +68,8 @@ class Tails:
         self._on_opened = on_opened
         self._on_cancellation = on_cancellation
         self._on_heartbeat = on_heartbeat
+        self._on_ingress = on_ingress
+        self._on_unreadable = on_unreadable
         self._on_term = on_term
         self._on_wish = on_wish
         self.view = LogView()
@@ -78,7 +83,7 @@ class Tails:
         Heartbeats and terms are read from their beginning.
         """
         await asyncio.gather(self._reader.start(), self._asker.start())
-        assignment = self._reader.assign([LOG, CANCELLATIONS, POOL_COMMANDS, WORKER_STATUS, POOL_TERMS])
+        assignment = self._reader.assign([LOG, CANCELLATIONS, POOL_COMMANDS, WORKER_STATUS, INGRESS_STATUS, POOL_TERMS])
         dated = [tp for tp in assignment if tp.topic in (LOG.name, CANCELLATIONS.name)]
         await self._reader.seek_to_time(dated, since_ms)
         wishes = [tp for tp in assignment if tp.topic == POOL_COMMANDS.name]
@@ -86,7 +91,7 @@ class Tails:
         whole = [tp for tp in assignment if tp not in dated and tp not in wishes]
         await self._reader.consumer.seek_to_beginning(*whole)
         for tp in assignment:
-            self._position[tp] = await self._reader.consumer.position(tp)
+            self._position[tp] = await self._reader.position(tp)
         await self._asker.ends(assignment)  # It knows the brokers by the time that somebody waits for its answer.
 
     async def stop(self) -> None:
@@ -128,15 +133,18 @@ class Tails:
                 await self._on_cancellation(_cancellation.decode(record.value))
             elif record.topic == POOL_COMMANDS.name:
                 await self._on_wish(_wish.decode(record.value), record.offset, record.timestamp)
+            elif record.topic == INGRESS_STATUS.name:
+                self._on_ingress(_ingress.decode(record.value))
             elif record.topic == POOL_TERMS.name:
                 await self._on_term((record.key or b"").decode(), record.offset)
             else:
                 await self._on_heartbeat(_status.decode(record.value))
         except msgspec.MsgspecError as error:
-            # Those who own these topics bury what they cannot read; a tail that did so too would bury it twice.
             log.error(
                 "unreadable", topic=record.topic, partition=record.partition, offset=record.offset, error=str(error)
             )
+            if record.topic != LOG.name:  # Metering buries what cannot be read there.
+                await self._on_unreadable(record, str(error))
 
     async def _log_record(self, head: Ended | _Opened) -> None:
         if isinstance(head, _Opened):
