@@ -16,12 +16,15 @@ def faults(settings: Settings, role: str) -> list[str]:
     secret = settings.jwt_secret.get_secret_value() if settings.jwt_secret is not None else None
     key = settings.admin_key.get_secret_value().strip() if settings.admin_key is not None else None
     password = settings.admin_password.get_secret_value() if settings.admin_password is not None else None
+    seals = settings.ingress_secret.get_secret_value() if settings.ingress_secret is not None else ""
     made = "python3 -c 'import secrets; print(secrets.token_urlsafe(48))' makes one"
     found: list[str] = []
     if role == "ingress" and not secret:
         found.append(f"HEADRACE_JWT_SECRET is not set: production needs one of its own; {made}")
     elif secret and _weak(secret, MIN_SECRET):
         found.append(f"HEADRACE_JWT_SECRET must be random, {MIN_SECRET} characters or more; {made}")
+    if any(_weak(one.strip(), MIN_SECRET) for one in seals.split(",") if one.strip()):
+        found.append(f"HEADRACE_INGRESS_SECRET must be random, {MIN_SECRET} characters or more; {made}")
     if key and _weak(key.removeprefix("hr-"), MIN_KEY):
         found.append(f"HEADRACE_ADMIN_KEY must be random, {MIN_KEY} characters or more; {made}")
     if password and _weak(password, MIN_PASSWORD):

@@ -217,7 +217,7 @@ async def _log(reader: LogReader, found: Found, now_ms: int) -> None:
         if due.month == found.month and name not in found.metered:
             found.pay(due.payers, due.units)
     for tp in assignment:
-        found.offsets.setdefault(tp.partition, await reader.consumer.position(tp))
+        found.offsets.setdefault(tp.partition, await reader.position(tp))
 
 
 async def _since(reader: LogReader, topic: Topic, since_ms: int) -> list[TopicPartition]:

@@ -52,7 +52,7 @@ class Verdict(NamedTuple):
     now_us: int
     month: str
     state: str
-    """Of its reservation, as `lua.FIELDS` says."""
+    """Of its reservation, as `headrace.limits.lua` says."""
     model: str
     """The model for which it holds."""
     completion: int

