@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 
 import msgspec
 import uuid_utils
 from aiokafka.errors import KafkaError
 
 from headrace.errors import Unavailable
+from headrace.settings import Settings
 from schemas.audit import AUDIT, AuditNote
 from schemas.control import ControlCommand
 from topics.catalogue import CONTROL_COMMANDS
@@ -32,6 +34,11 @@ def note(
     )
 
 
+def only(asked: Mapping[str, object]) -> dict[str, str]:
+    """What somebody looked for, as details of a note; what is None did not matter."""
+    return {f"only_{name}": str(value) for name, value in asked.items() if value is not None}
+
+
 async def record(producer: Producer, *notes: ControlCommand) -> None:
     """Write notes down; they will be in the trail, whatever happens, once this returns. Raises `Unavailable`.
 
@@ -46,3 +53,9 @@ async def record(producer: Producer, *notes: ControlCommand) -> None:
         )
     except KafkaError as error:
         raise Unavailable("It cannot be written into the audit trail now, and so it is not done.") from error
+
+
+async def record_alone(settings: Settings, *notes: ControlCommand) -> None:
+    """The same for who has no producer: a command line."""
+    async with Producer(settings.kafka, f"{settings.instance}-audit") as producer:
+        await record(producer, *notes)

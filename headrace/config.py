@@ -19,6 +19,8 @@ from schemas.events import RAM
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$"
 DEFAULT_APP = control.DEFAULT_APP
+FILE = Path("headrace.toml")
+"""What is read where nobody names a file."""
 _MAX_NAME = 128
 _REMOTE_OPTIONS: dict[str, type] = {"idle_timeout_s": float, "connect_timeout_s": float}
 OPTIONS: dict[str, dict[str, type]] = {
@@ -74,6 +76,7 @@ Duration = Annotated[int, BeforeValidator(_duration)]
 Size = Annotated[int, BeforeValidator(_size)]
 """Bytes, written as "4 GiB"."""
 Money = Annotated[Decimal, BeforeValidator(_decimal), Field(ge=0, max_digits=20, decimal_places=10)]
+Limit = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(pattern=NAME, max_length=_MAX_NAME)]
 AdapterName = Annotated[str, Field(pattern=control.ADAPTER_NAME, max_length=64)]
 
@@ -167,6 +170,9 @@ class ModelConfig(_Strict):
     memory: Size = 0
     load_time: Duration = 0
     default_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    rate_limit_rpm: Limit | None = None
+    rate_limit_tpm: Limit | None = None
+    concurrency_limit: Limit | None = None
     price: PriceConfig = PriceConfig(input=Decimal(0), output=Decimal(0))
 
     @model_validator(mode="after")
@@ -199,6 +205,9 @@ class ModelConfig(_Strict):
             bytes=self.memory,
             load_ms=self.load_time,
             default_max_tokens=self.default_max_tokens,
+            rate_limit_rpm=self.rate_limit_rpm,
+            rate_limit_tpm=self.rate_limit_tpm,
+            concurrency_limit=self.concurrency_limit,
             price=self.price.record(),
         )
 
@@ -208,6 +217,11 @@ class Config(_Strict):
 
     providers: tuple[ProviderConfig, ...] = ()
     models: tuple[ModelConfig, ...] = ()
+
+
+def find_config(given: Path | None, configured: Path | None) -> Path | None:
+    """The file to read: the given one, else that of HEADRACE_CONFIG, else ./headrace.toml; None when there is none."""
+    return given or configured or (FILE if FILE.is_file() else None)
 
 
 def default_config() -> Config:

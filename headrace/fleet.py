@@ -57,7 +57,11 @@ class Fleet:
                 self.pools[status.pool] = status
         elif topic == WORKER_STATUS.name:
             heard = _worker.decode(value)
-            self.workers[heard.worker] = heard
+            known_worker = self.workers.get(heard.worker)
+            if not heard.left:
+                self.workers[heard.worker] = heard
+            elif known_worker is not None and known_worker.boot == heard.boot:
+                del self.workers[heard.worker]
         else:
             self.leases.take(_lease.decode(value), offset)
 
@@ -180,7 +184,10 @@ def _worker_view(status: WorkerStatus, held: Mapping[tuple[str, str], int], now_
         providers=list(status.providers),
         broken=dict(status.broken),
         devices=[
-            DeviceView(id=device.id, bytes=device.bytes, held_bytes=held.get((status.worker, device.id), 0))
+            DeviceView(
+                id=device.id, bytes=device.bytes, held_bytes=held.get((status.worker, device.id), 0),
+                utilisation=status.utilisation.get(device.id),
+            )
             for device in status.devices
         ],
         residents=[

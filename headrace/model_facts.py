@@ -171,7 +171,7 @@ async def _restored(reader: LogReader, cache: FactsCache) -> tuple[dict[str, byt
             cards.pop(key, None)
         elif _readable(record.value, record.offset):
             cards[key] = record.value
-    position = int(await reader.consumer.position(assignment[0]))
+    position = int(await reader.position(assignment[0]))
     await cache.replace(cards, position)
     return cards, position
 

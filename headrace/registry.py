@@ -144,6 +144,8 @@ class Registry:
         self._cached: OrderedDict[_Name, _Cached] = OrderedDict()
         self._lookups: dict[_Name, asyncio.Task[Caller | None]] = {}
         self._announced = asyncio.Event()
+        self._refreshing = asyncio.Lock()
+        """Of two that read at once, the one with the older answer must not come last."""
         self._refreshed = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -168,6 +170,12 @@ class Registry:
         if self._clock() - self._confirmed_at > MAX_AGE_S:
             raise Unavailable("The control plane cannot be reached. Try again in a moment.")
         return self._snapshot
+
+    async def confirmed(self) -> Snapshot:
+        """The control plane as Redis has it now, for who must not judge by an older one. Raises `Unavailable`."""
+        if not await self._try_refresh():
+            raise Unavailable("The control plane cannot be reached. Try again in a moment.")
+        return self.snapshot
 
     async def moved(self, seen: int, timeout: float) -> int:
         """The version of the control plane, as soon as it is another than `seen`, at the latest after `timeout` s."""
@@ -285,9 +293,10 @@ class Registry:
             self._announced.clear()
             await self._try_refresh()
 
-    async def _try_refresh(self) -> None:
+    async def _try_refresh(self) -> bool:
+        """Ask Redis how the control plane is now; whether it answered."""
         try:
-            async with asyncio.timeout(LOOKUP_TIMEOUT_S):
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._refreshing:
                 await self._refresh()
         except (RedisError, OSError, TimeoutError) as error:
             log.warning("registry_unconfirmed", error=repr(error))
@@ -296,6 +305,8 @@ class Registry:
         else:
             async with self._refreshed:
                 self._refreshed.notify_all()
+            return True
+        return False
 
     async def _refresh(self) -> None:
         asked_at = self._clock()

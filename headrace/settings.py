@@ -62,6 +62,8 @@ class Settings(BaseSettings):
     """How long ClickHouse keeps requests and their lifecycle; put into force by `headrace migrate`, as all of these."""
     retention_leases_days: int = Field(default=400, ge=1)
     """How long it keeps leases."""
+    retention_audit_days: int = Field(default=400, ge=1)
+    """How long it keeps the audit trail; Kafka keeps it for 400 days in any case."""
     retention_minutes_days: int | None = Field(default=None, ge=1)
     """How long it keeps usage by minute; None for ever."""
     retention_usage_days: int | None = Field(default=None, ge=1)
@@ -77,7 +79,8 @@ class Settings(BaseSettings):
     env: Literal["development", "production"] = "development"
     """In `production` a process does not start with a secret that is missing, short or known from examples."""
     jwt_secret: SecretStr | None = Field(default=None, validation_alias=_also("jwt_secret"))
-    """What access tokens are signed with; without one nobody signs in. A local stack makes its own."""
+    """What access tokens are signed with; without one each ingress makes its own, so that
+    tokens are good there alone, and until it ends. A local stack has one."""
     admin_email: str | None = Field(default=None, validation_alias=_also("admin_email"))
     """The first owner, whom `headrace apply` makes if there is no such user yet."""
     admin_password: SecretStr | None = None
@@ -114,8 +117,14 @@ class Settings(BaseSettings):
     """Comma-separated names of the providers this worker serves; `*` means all."""
     pool: str = "default"
     """Pool of workers that one scheduler serves."""
+    max_wait: float = Field(default=60.0, ge=1, le=3600)
+    """W_max of the scheduler, in seconds: a queue waits no longer for its model while others hold the memory."""
+    residency_loads: float = Field(default=0.0, ge=0, le=100)
+    """An idle model keeps its memory for at least this many of its load times, unless a queue waits for W_max."""
     worker_memory: ByteSize | None = None
     """Most that this worker's models may take of each device, such as `12 GiB`; None leaves all but the reserve."""
+    worker_memory_share: float = Field(default=1.0, gt=0, le=1)
+    """Part that they may take of what each device has for models, where several workers use it."""
     worker_memory_reserve: ByteSize | None = None
     """What they leave free of each device; None for 5 %, at least 256 MiB."""
 

@@ -16,17 +16,25 @@ from ingress.admin import apps, audit, erasures, keys, letters, machines, prices
 from ingress.admin import models as admin_models
 from ingress.admin import steering as admin_steering
 from ingress.admin import usage as admin_usage
+from ingress.admin import watching as admin_watching
 from ingress.openai import chat, models, resume
 from ingress.openai.answer import DIRECT_SEND
 from ingress.services import Services
 from ingress.signin import routes as signin
 from schemas.openai import ChatCompletionRequest
 
-# Steering models comes before reading them: their ids may have slashes, and what follows the last one is a verb.
+# Steering and watching models come before reading them: their ids may have slashes, and what follows the last one is a
+# verb.
 ROUTES = (
-    chat, resume, models, requests, usage, ops, signin, keys, users, apps, prices, admin_steering, admin_models,
-    machines, admin_usage, audit, letters, erasures,
+    chat, resume, models, requests, usage, ops, signin, keys, users, apps, prices, admin_steering,
+    admin_watching, admin_models, machines, admin_usage, audit, letters, erasures,
 )  # fmt: skip
+EXPOSED = [
+    "x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after", "x-should-retry", "etag",
+    "x-hr-has-more",
+    *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
+]  # fmt: skip
+"""Headers of ours that a page in a browser may read."""
 BEARER = {
     "type": "http",
     "scheme": "bearer",
@@ -68,7 +76,7 @@ def make_app(services: Services) -> FastAPI:
             allow_origins=origins,
             allow_methods=["GET", "POST", "PATCH", "DELETE", "OPTIONS"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after", "etag"],
+            expose_headers=EXPOSED,
         )
     for module in ROUTES:
         app.include_router(module.router)

@@ -11,18 +11,14 @@ from redis import asyncio as redis
 from redis.exceptions import RedisError
 
 from headrace import metrics
+from headrace.attached import EXPIRY_S, ORIGIN, PREFIX
 from schemas.events import Cancellation
 from topics.catalogue import CANCELLATIONS
 from topics.clients import Producer
 
 log = structlog.get_logger(__name__)
 
-PREFIX = "hr:attached:"
 REFRESH_S = 5.0
-ORIGIN = "origin"
-"""Member of the list that stands for the publisher's own caller."""
-EXPIRY_S = 12.0
-"""An attachment that its ingress did not refresh for this long is gone with that ingress."""
 
 
 class Attachments:
@@ -133,7 +129,7 @@ class Attachments:
                 await self._tell(request_id)
 
     async def stop(self) -> None:
-        """Send the cancellations that are due at once; others' graces outlive this process as they can."""
+        """Stop telling. What callers have left, the scheduler ends: it sees that this process is gone."""
         if self._refresher is not None:
             self._refresher.cancel()
         for task in list(self._leaving.values()):

@@ -65,6 +65,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     finally:
         stopping.cancel()
         server.should_exit = True
+        services.stopping.set()
         await asyncio.gather(serving, stopping, return_exceptions=True)
         await services.stop()
 
@@ -72,6 +73,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
 async def _drain(services: Services, server: uvicorn.Server, timeout_s: float) -> None:
     """Take no new connections, let answers end for `timeout_s`, then end the rest and say how to resume them."""
     server.should_exit = True
+    services.stopping.set()
     await _answered(server, timeout_s)
     services.drain()
     await _answered(server, BREAK_OFF_S)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable
 
+import msgspec
 import structlog
 
 from headrace.analytics import Analytics
@@ -28,11 +30,14 @@ from ingress.revocations import Revocations
 from ingress.signin.attempts import Attempts
 from ingress.signin.sessions import Sessions
 from ingress.signin.tokens import SignIn
+from schemas.events import IngressStatus
+from topics.catalogue import INGRESS_STATUS
 from topics.clients import Producer
 from topics.outcomes import Outcomes
 
 log = structlog.get_logger(__name__)
 
+BEAT_S = 5.0
 CONFIRM_S = 10.0
 """How long a change of the control plane may take to be in force."""
 
@@ -42,6 +47,7 @@ class Services:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.boot = secrets.token_hex(4)
         self.seals = settings.seals
         self.redis = connect(settings.redis_url)
         self.registry = Registry(self.redis)
@@ -55,7 +61,7 @@ class Services:
         self.attempts = Attempts(self.redis)
         self.revocations = Revocations(self.registry)
         self.outcomes = Outcomes(self.producer, "ingress", settings.instance)
-        self.replies = ReplyReader(settings.kafka, settings.instance)
+        self.replies = ReplyReader(settings.kafka, settings.instance, self.producer)
         self.pools = Pools(settings.kafka, settings.instance)
         self.fleet = FleetReader(settings.kafka, settings.instance)
         self.lookup = Lookup(settings, self.seals)
@@ -65,8 +71,10 @@ class Services:
         self.facts = FactsCache(self.redis)
         self.attachments = Attachments(self.redis, self.producer, settings.instance)
         self.analytics = Analytics(settings)
+        self.stopping = asyncio.Event()
+        """Set when the process begins to stop: who only watches is let go at once."""
         self.draining = asyncio.Event()
-        """Set when the process stops: open streams end with an error that says how to resume."""
+        """Set when it has waited long enough: open streams end with an error that says how to resume."""
         self._tasks: list[asyncio.Task[None]] = []
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -75,8 +83,15 @@ class Services:
         await self.producer.start()
         await self.registry.start()
         readers = self.replies.run(), self.replies.sweep(), self.pools.run(), self.fleet.run(), self.revocations.run()
-        for work in readers:
+        for work in (*readers, self._beat()):
             self._watch(work)
+
+    async def _beat(self) -> None:
+        """Tell schedulers that this process is there, for ever: what its callers ask outlives it for a while only."""
+        while True:
+            status = IngressStatus(self.settings.instance, self.boot, time.time_ns() // 1_000_000)
+            self.producer.post_later(INGRESS_STATUS.name, msgspec.json.encode(status), key=status.instance)
+            await asyncio.sleep(BEAT_S)
 
     def _watch(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

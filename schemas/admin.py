@@ -125,6 +125,8 @@ class DeviceView(BaseModel):
     """What models may take together."""
     held_bytes: int
     """What leases hold of it."""
+    utilisation: float | None = None
+    """Share of the last moments in which it computed, 0 to 1; null where its driver does not tell."""
 
 
 class ResidentView(BaseModel):
@@ -147,7 +149,7 @@ class WorkerView(BaseModel):
     id: str
     pool: str
     status: Literal["ready", "stopping", "silent"]
-    """`silent` when it was not heard for 6 s."""
+    """`silent` when it was not heard for 3 s."""
     boot: str
     heard_ms: int
     age_ms: int
@@ -160,17 +162,15 @@ class WorkerView(BaseModel):
     running: int
 
 
-class WorkerViews(BaseModel):
+class WorkerViews(Page):
     """The answer of `GET /admin/workers`."""
 
-    object: Literal["list"] = "list"
     data: list[WorkerView]
 
 
-class LeaseViews(BaseModel):
+class LeaseViews(Page):
     """The answer of `GET /admin/leases`."""
 
-    object: Literal["list"] = "list"
     data: list[LeaseView]
 
 

@@ -89,6 +89,10 @@ class Routed(msgspec.Struct, omit_defaults=True):
     """Unix ms after which an answer need not begin; 0 for the deadline."""
     user_id: str = ""
     """Who owns the key; empty where nobody does."""
+    publisher: str = ""
+    """The direct publisher that asked, also where it named an API key; empty where an ingress has admitted it."""
+    ingress: str = ""
+    """`instance/boot` of the ingress process that its caller asked; empty for direct publishers."""
 
 
 INLINE_BODY_BYTES = 64 * 1024
@@ -115,6 +119,10 @@ class LoadCommand(msgspec.Struct, tag_field="type", tag="load"):
     provider: Provider
     device: str = ""
     """Where the memory was granted; empty where none is counted."""
+
+
+NO_EPOCH = -1
+"""The epoch of an unload of what a server holds and no lease is on."""
 
 
 class UnloadCommand(msgspec.Struct, tag_field="type", tag="unload"):
@@ -386,6 +394,14 @@ RAM = "ram"
 """Id of main memory as a device; other devices that are not shared are GPUs."""
 
 
+class ServerHeld(msgspec.Struct):
+    """A model in the memory of a server that several workers, and others, may use."""
+
+    models: list[str]
+    """Ids of ours that mean it; empty where nobody of ours would ask for it."""
+    bytes: int
+
+
 class Device(msgspec.Struct, omit_defaults=True):
     """Memory of a worker that models share."""
 
@@ -396,6 +412,8 @@ class Device(msgspec.Struct, omit_defaults=True):
     """Names of the providers whose models lie on it."""
     shared: bool = False
     """Whether other workers that show this id mean the same memory, that of one server."""
+    held: list[ServerHeld] = []
+    """What such a server holds, whoever had it loaded."""
 
 
 class Need(msgspec.Struct):
@@ -465,6 +483,8 @@ class WorkerStatus(msgspec.Struct, omit_defaults=True):
     stopping: bool = False
     devices: list[Device] = []
     """Empty where the worker's models take no memory that it could measure."""
+    utilisation: dict[str, float] = {}
+    """Id of a device -> share of the last moments in which it computed, 0 to 1, where its driver tells."""
     fence: int = 0
     """Highest fence of that term."""
     needs: list[Need] = []
@@ -472,6 +492,17 @@ class WorkerStatus(msgspec.Struct, omit_defaults=True):
     broken: dict[str, str] = {}
     """Providers whose circuit breaker is open here -> why; it is to be given no work for them."""
     trainers: list[Trainer] = []
+    left: bool = False
+    """The last word of its process: what it ran has ended, or is left to another worker to go on with."""
+
+
+class IngressStatus(msgspec.Struct):
+    """An ingress's heartbeat (`ingress.status`, key: instance)."""
+
+    instance: str
+    boot: str
+    """Another one for each process."""
+    at_ms: int
 
 
 class ModelState(msgspec.Struct, omit_defaults=True):
@@ -516,8 +547,10 @@ class PoolStatus(msgspec.Struct, omit_defaults=True):
     """Models that a live worker holds."""
     servable_models: list[str]
     """Models that some live worker could serve."""
+    taken: bool = False
+    """Whether its scheduler has wholly taken it: until then it gives nothing to anybody."""
     failed_models: dict[str, str] = {}
-    """Models that no worker could load -> why; they are tried again."""
+    """Models that no worker could load -> why; they are tried again, unless no device is large enough."""
     broken_models: dict[str, str] = {}
     """Models whose provider's circuit breaker is open on every worker that serves it -> why."""
     queued: int = 0

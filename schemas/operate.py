@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.admin import Text
+from schemas.admin_records import Page
 
 
 class ChangeView(BaseModel):
@@ -135,8 +136,7 @@ class ErasureView(BaseModel):
     gone_ms: dict[str, int] = Field(description="By topic, when Kafka's own copies are gone at the latest.")
 
 
-class ErasureViews(BaseModel):
+class ErasureViews(Page):
     """The answer of `GET /admin/erasures`, the newest first."""
 
-    object: Literal["list"] = "list"
     data: list[ErasureView]

@@ -190,6 +190,15 @@ WORKER_STATUS = Topic(
     cleanup="compact,delete",
     retention_ms=HOUR_MS,
 )
+INGRESS_STATUS = Topic(
+    "ingress.status",
+    1,
+    "instance",
+    "Heartbeats of ingresses, for schedulers: whose callers are gone.",
+    schema=events.IngressStatus,
+    cleanup="compact,delete",
+    retention_ms=HOUR_MS,
+)
 MODEL_FACTS = Topic(
     "model.facts",
     1,
@@ -273,7 +282,8 @@ DEAD_LETTERS = Topic(
 
 CATALOGUE: tuple[Topic, ...] = (
     REQUESTS, ROUTED, REPLIES, LOG, PUBLISHED, EVENTS, CANCELLATIONS, USAGE,
-    POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS, MODEL_FACTS,
+    POOL_TERMS, LEASES, LIVE, POOL_STATUS, POOL_COMMANDS, WORKER_STATUS, INGRESS_STATUS,
+    MODEL_FACTS,
     CONTROL_COMMANDS, CONTROL_PROVIDERS, CONTROL_MODELS, CONTROL_APPS, CONTROL_USERS, CONTROL_KEYS,
     CONTROL_PRICES, CONTROL_REPLAYS, CONTROL_ERASURES,
     AUDIT_EVENTS, AUDIT_HEADS, DEAD_LETTERS,

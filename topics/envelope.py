@@ -14,6 +14,10 @@ import msgspec
 from schemas.events import PRIORITIES
 
 REQUEST_TYPE = "headrace.inference.request.v1"
+INGRESS = "/headrace/ingress/"
+"""Begins `ce_source` where an ingress has admitted the request."""
+PUBLISHER_PREFIX = "publisher:"
+"""Begins what stands in place of a key's id where a direct publisher asked and named no API key."""
 CANCEL_TYPE = "headrace.inference.cancel.v1"
 """A publisher's wish to end the request `ce_id`. It stands on the topic of requests, the only one publishers write."""
 DEFAULT_DEADLINE_S = 600.0
@@ -37,7 +41,7 @@ class Envelope(msgspec.Struct, frozen=True):
     request_id: str
     """`ce_id`: 32 hex digits."""
     source: str
-    """`ce_source`: the publisher, e.g. `/headrace/ingress/ingress-1`."""
+    """`ce_source`: the publisher, e.g. `/headrace/ingress/ingress-1/3f2a9c1e` (`INGRESS`, instance, boot)."""
     time_ms: int
     """`ce_time`, as Unix ms, by the publisher's clock; informational."""
     tenant: str
@@ -210,7 +214,7 @@ def parse_published(headers: Headers, *, reply_partition: Callable[[str], int]) 
         source=found.get("ce_source", "")[:MAX_NAME_CHARS],
         time_ms=0,
         tenant=tenant,
-        key_id=f"publisher:{publisher}",
+        key_id=PUBLISHER_PREFIX + publisher,
         reply_partition=reply_partition(request_id),
         digest="",
         deadline_s=DEFAULT_DEADLINE_S,

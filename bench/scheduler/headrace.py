@@ -14,6 +14,7 @@ from itertools import count
 
 from bench.scheduler.engine import Device, Engine, Job, Replica, State, Training
 from bench.scheduler.workload import ModelSpec
+from processors.scheduler import training
 from processors.scheduler.messages import (
     Action,
     Arrived,
@@ -231,6 +232,7 @@ class Headrace:
         return (
             any(pool.queues.values())
             or bool(pool.recovering)
+            or any(training.waiting(pool))
             or any(lease.state is not LeaseState.ACTIVE for lease in pool.leases.values())
             or any(lease.state is not LeaseState.ACTIVE for lease in pool.trainers.values())
             or not all(worker.alive for worker in self._workers.values())

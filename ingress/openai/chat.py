@@ -33,7 +33,7 @@ from schemas.ids import PublicId, idempotent_request_id, new_request_id
 from schemas.openai import ChatCompletionRequest
 from topics.catalogue import REQUESTS
 from topics.clients import Producer
-from topics.envelope import Envelope
+from topics.envelope import INGRESS, Envelope
 
 log = structlog.get_logger(__name__)
 _TRACEPARENT = re.compile(r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$")
@@ -214,7 +214,7 @@ async def _publish(
     request_id, partition, created_ms = ticket.public
     envelope = Envelope(
         request_id=request_id,
-        source=f"/headrace/ingress/{services.settings.instance}",
+        source=f"{INGRESS}{services.settings.instance}/{services.boot}",
         time_ms=created_ms,
         tenant=key.app,
         key_id=key.id,

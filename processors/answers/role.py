@@ -26,6 +26,7 @@ from topics.answers import AnswerWriter
 from topics.catalogue import LOG, MAX_MESSAGE_BYTES, PUBLISHED, is_published
 from topics.clients import Producer, close
 from topics.cluster import start_client
+from topics.dead_letters import bury
 from topics.log_memory import LogMemory
 from topics.outcomes import now_ms
 from topics.record import Record
@@ -54,6 +55,7 @@ class Answers(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
 
     def __init__(self, settings: Settings, producer: Producer) -> None:
         self._settings = settings
+        self._producer = producer
         self._writer = AnswerWriter(settings, producer)
         self._memory = LogMemory(settings.kafka, "answers-warm-up")
         self._deliveries: dict[int, Delivery] = {}
@@ -129,8 +131,12 @@ class Answers(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has 
                 else:
                     told += await self._frames(delivery, record)
             except msgspec.MsgspecError as error:
-                # Metering buries what cannot be read in the log; a frame that cannot is lost to everybody.
-                log.error("unreadable", topic=tp.topic, partition=tp.partition, offset=record.offset, error=str(error))
+                if tp.topic == LOG.name:  # Metering buries what cannot be read in the log.
+                    log.error(
+                        "unreadable", topic=tp.topic, partition=tp.partition, offset=record.offset, error=str(error)
+                    )
+                else:
+                    await bury(self._producer, record, reason=str(error), role="answers")
             self._next[tp] = record.offset + 1
         return told
 

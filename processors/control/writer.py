@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
+from typing import NamedTuple
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.structs import RecordMetadata
 
 from processors.control.state import Write
 from topics.catalogue import AUDIT_EVENTS, AUDIT_HEADS, CONTROL_PRICES, CONTROL_RECORDS, Topic
@@ -22,6 +25,14 @@ TRANSACTIONAL_ID = "headrace-control"
 TRANSACTION_TIMEOUT_MS = 10_000
 BATCH_BYTES = 512 * 1024
 """Records of a topic that are sent at once; the client waits for one batch before it sends the next."""
+
+
+class _Batch(NamedTuple):
+    """Records on their way to one topic."""
+
+    places: list[int]
+    """Where they stand among those that were to be written."""
+    sent: asyncio.Future[RecordMetadata]
 
 
 class Writer:
@@ -55,10 +66,25 @@ class Writer:
         """
         if not writes:
             return []
+        kinds: dict[str, list[int]] = defaultdict(list)
+        for place, write in enumerate(writes):
+            kinds[write.kind].append(place)
+        offsets = [0] * len(writes)
         async with self._inner.transaction():
-            futures = [
-                await self._inner.send(_WRITTEN[write.kind].name, write.value, key=write.key.encode(), partition=0)
-                for write in writes
-            ]
-            acknowledged = await asyncio.gather(*futures)
-        return [metadata.offset for metadata in acknowledged]
+            sent = [batch for kind, places in kinds.items() async for batch in self._send(kind, places, writes)]
+            for batch, metadata in zip(sent, await asyncio.gather(*(batch.sent for batch in sent)), strict=True):
+                for at, place in enumerate(batch.places):
+                    offsets[place] = metadata.offset + at
+        return offsets
+
+    async def _send(self, kind: str, places: Sequence[int], writes: Sequence[Write]) -> AsyncIterator[_Batch]:
+        """Send the writes of one kind, in batches of our own: a future for each record costs more than the record."""
+        topic, batch, held = _WRITTEN[kind].name, self._inner.create_batch(), list[int]()
+        for place in places:
+            key, value = writes[place].key.encode(), writes[place].value
+            if batch.append(timestamp=None, key=key, value=value) is None:
+                yield _Batch(held, await self._inner.send_batch(batch, topic, partition=0))
+                batch, held = self._inner.create_batch(), []
+                batch.append(timestamp=None, key=key, value=value)  # the first is taken whatever its size
+            held.append(place)
+        yield _Batch(held, await self._inner.send_batch(batch, topic, partition=0))

@@ -46,10 +46,16 @@ class Answer:
         self.done = piece
         return None
 
+    def go_on(self) -> str:
+        """Another engine goes on from here: the text so far, which counts as emitted."""
+        self._emitted_tokens = self.tokens
+        return self._fold.content()
+
     def recount(self, tokens: int) -> None:
-        """What was emitted has `tokens` tokens: a piece can hold several, as parts of one letter do."""
-        self.tokens += tokens - self._emitted_tokens
-        self._emitted_tokens = tokens
+        """What was emitted has `tokens` tokens at least: a piece can hold several, as parts of one letter do."""
+        more = max(0, tokens - self._emitted_tokens)
+        self.tokens += more
+        self._emitted_tokens += more
 
     def _delta(self, kind: frames.Kind, index: int, data: str, tokens: int) -> frames.Delta:
         self.seq += 1
@@ -59,6 +65,11 @@ class Answer:
     def plain(self) -> bool:
         """Whether it is nothing but text, which another attempt could go on from."""
         return self._fold.plain
+
+    @property
+    def finished(self) -> bool:
+        """Whether a choice has its finish reason."""
+        return self._fold.finished > 0
 
     @property
     def started(self) -> bool:

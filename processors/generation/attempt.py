@@ -81,9 +81,12 @@ class Attempt:
         """Whether the generation ended by itself: with an answer, or with `failure`."""
         self.failure: HeadraceError | None = None
         self._cancel: CancelCommand | None = None
+        self._left = False
         self._generating: asyncio.Task[None] | None = None
         self._started_ms = 0
         self._first_token_ms = command.first_token_ms
+        self._emitted = command.emitted
+        """What was generated before the engine that generates now: it goes on from there."""
         self._size = len(command.emitted)
         self._urgent = command.request.stream
         """Whether a caller waits for the next piece: it goes out at once."""
@@ -99,16 +102,27 @@ class Attempt:
     @property
     def goes_on(self) -> bool:
         """Whether another attempt could go on from here; with room to spare, as this one has not stopped yet."""
-        fits = self._size < MAX_EMITTED_BYTES // 4
+        return self._may_go_on and self._size < MAX_EMITTED_BYTES // 4
+
+    @property
+    def _may_go_on(self) -> bool:
         may = self.command.request.continuable and self._provider.can_continue
-        return may and fits and self.tokens > 0 and self._answer.plain
+        return may and self.tokens > 0 and self._answer.plain and not self._answer.finished
 
     def cancel(self, command: CancelCommand) -> None:
         """End the generation at once; the terminal says why and holds what was generated."""
         if self._cancel is None:
             self._cancel = command
-            if self._generating is not None:
-                self._generating.cancel()
+            self._halt()
+
+    def leave(self) -> None:
+        """End the generation at once and write no terminal: another worker is to go on from the frames so far."""
+        self._left = True
+        self._halt()
+
+    def _halt(self) -> None:
+        if self._generating is not None and (self._left or self._cancel is not None):
+            self._generating.cancel()
 
     async def run(self) -> None:
         """Generate to the end and write the terminal. Raises `KafkaError` when that could not be written."""
@@ -124,13 +138,18 @@ class Attempt:
             if self._cancel is None:
                 body = await self._body()
                 self._generating = asyncio.create_task(self._generate(body))
+                self._halt()  # where that was asked for while the body was read
                 await self._generating
                 self.answered = True
             else:
                 status, error = self._cancelled(self._cancel)
         except asyncio.CancelledError:
             if self._cancel is None:
-                raise
+                if not self._left:
+                    raise
+                await self._writer.settle(request.reply_partition)
+                self._log.info("generation_left", tokens=self._answer.tokens)
+                return
             status, error = self._cancelled(self._cancel)
         except HeadraceError as failure:
             status = Status.REJECTED if isinstance(failure, InvalidRequest) else Status.FAILED
@@ -163,14 +182,17 @@ class Attempt:
             await self._stream(body)
         except ProviderError as failure:
             # Once: a request that is itself what ends its engine must not go on doing so.
-            if self._answer.seq > self.command.after_seq or not await self._engine_again():
+            begun = self._answer.seq > self.command.after_seq
+            if (begun and not self._may_go_on) or not await self._engine_again():
                 raise
-            self._log.info("generation_again", error=failure.message)
+            self._log.info("generation_again", error=failure.message, tokens=self.tokens)
+            if begun:
+                self._emitted = self._answer.go_on()
             await self._stream(body)
 
     async def _stream(self, body: dict[str, Any]) -> None:
         adapter = self.command.request.adapter
-        if self.command.emitted:
+        if self._emitted:
             await self._continue(body)
         else:
             async with contextlib.aclosing(self._provider.generate(self._model, body, adapter=adapter)) as batches:
@@ -180,8 +202,8 @@ class Attempt:
             raise ProviderError("The provider's stream ended in the middle of the answer.")
 
     async def _continue(self, body: dict[str, Any]) -> None:
-        """Go on from what earlier attempts emitted. Raises `WorkerLost` where the provider cannot."""
-        emitted, provider = self.command.emitted, self._provider
+        """Go on from what was emitted before. Raises `WorkerLost` where the provider cannot."""
+        emitted, provider = self._emitted, self._provider
         if not provider.can_continue:
             raise _not_continued(f"provider {provider.name!r} cannot")
         seam = continuation.Seam(emitted, continuation.stops_of(body))
@@ -205,11 +227,11 @@ class Attempt:
             raise _not_continued(refusal.message) from refusal
 
     async def _count_emitted(self, body: dict[str, Any]) -> None:
-        """Have the engine count what earlier attempts emitted, where it can; frames count a token a piece at least."""
-        whole = await self._provider.count_prompt(self._model, body, emitted=self.command.emitted)
+        """Have the engine count what was emitted, where it can; frames count a token a piece at least."""
+        whole = await self._provider.count_prompt(self._model, body, emitted=self._emitted)
         prompt = await self._provider.count_prompt(self._model, body)
         if whole is not None and prompt is not None:
-            self._answer.recount(max(self.command.tokens, whole - prompt))
+            self._answer.recount(whole - prompt)
 
     def _give(self, batch: list[Piece]) -> None:
         """Fold pieces and write their frames. Raises `ProviderError` when the answer becomes too large."""
@@ -261,7 +283,7 @@ class Attempt:
         """
         command, done = self.command, self._answer.done
         reported = done is not None and done.usage is not None
-        if not self._answer.started or (reported and not command.emitted):
+        if not self._answer.started or (reported and not self._emitted):
             return 0
         if body is None:
             return command.request.prompt_tokens_estimate
@@ -288,8 +310,8 @@ def _answer(command: GenerateCommand) -> Answer:
 
 def _not_continued(why: str) -> WorkerLost:
     return WorkerLost(
-        f"The worker died while it generated this answer, and it could not be continued ({why}); what was sent is all"
-        " there is. Send the request again."
+        f"What generated this answer died in the middle of it, and it could not be continued ({why}); what was sent is"
+        " all there is. Send the request again."
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import msgspec
 import structlog
 
 from headrace.errors import ProviderError
@@ -17,7 +18,7 @@ from processors.generation.devices.reading import held as held_on
 from processors.generation.needs import Needs, Quietly
 from processors.generation.providers.base import LoadedModel, Provider
 from schemas import control
-from schemas.events import Device, Need
+from schemas.events import Device, Need, ServerHeld
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +28,8 @@ LEAST_RESERVE = 256 * MIB
 """What is left to others of a device unless an operator says otherwise: this share, and at least so much."""
 PROVIDER_PATIENCE_S = 0.5
 """How long a provider may take to tell what it holds; then what it told last counts."""
+FIRST_PATIENCE_S = 5.0
+"""The same of a server whose memory we plan and that has told nothing yet: it may be full."""
 BLIND_S = 30.0
 """After this long without any answer of the GPUs' driver the worker serves without them."""
 LOOK_AGAIN_S = 0.25
@@ -53,6 +56,9 @@ class Memory:
         """For the heartbeat."""
         self._reader = devices if devices is not None else Devices()
         self._cap = _plain(settings.worker_memory)
+        self._share = settings.worker_memory_share
+        self._most: dict[str, int] = {}
+        """Most bytes of each device that were ever free for models."""
         self._reserve = _plain(settings.worker_memory_reserve)
         self._steady: dict[str, budget.Steady] = {}
         self._needs = Needs()
@@ -61,6 +67,11 @@ class Memory:
         self._seen: dict[str, LoadedModel] = {}
         """What providers told of those models."""
         self._peaks: dict[str, int] = {}
+        self._servers: list[Provider] = []
+        """Providers whose server has memory of its own."""
+        self._told: dict[Provider, list[LoadedModel]] = {}
+        """What those last told that their server holds."""
+        self._models: list[control.Model] = []
         self._leaving: set[str] = set()
         """Models whose unload is not proven yet: their memory is still ours."""
         self._readings: list[Reading] = []
@@ -98,7 +109,10 @@ class Memory:
         self._seen = {model: loaded for model, loaded in self._seen.items() if model in held}
         if self._blind_until is None:
             self._blind_until = asyncio.get_running_loop().time() + BLIND_S
-        await asyncio.gather(*map(self._ask_resident, {one.provider for one in held.values()}))
+        self._models = list(models)
+        self._servers = [provider for _, provider in providers.values() if provider.memory_bytes]
+        self._told = {server: told for server, told in self._told.items() if server in self._servers}
+        await asyncio.gather(*map(self._ask_resident, {one.provider for one in held.values()} | set(self._servers)))
         self._readings = await self._read()
         if not self.ready:
             return
@@ -110,7 +124,9 @@ class Memory:
         for name, (_, provider) in providers.items():
             kind = await provider.device_kind(self._gpus)
             if kind == "own":
-                own.append(Device(name, provider.memory_bytes or 0, [name], shared=True))
+                own.append(
+                    Device(name, provider.memory_bytes or 0, [name], shared=True, held=self._on_server(provider))
+                )
             elif kind != "none":
                 (on_gpu if kind == "gpu" else on_ram).append(name)
         self._measure()
@@ -135,9 +151,12 @@ class Memory:
 
     async def _ask_resident(self, provider: Provider) -> None:
         trouble = f"provider {provider.name} does not tell what it holds"
-        told = await self._quietly(provider.resident(), trouble, PROVIDER_PATIENCE_S)
+        new = provider in self._servers and provider not in self._told
+        told = await self._quietly(provider.resident(), trouble, FIRST_PATIENCE_S if new else PROVIDER_PATIENCE_S)
         if told is None:
             return
+        if provider in self._servers:
+            self._told[provider] = told
         loaded = {one.model: one for one in told}
         for model in [model for model, held in self._held.items() if held.provider is provider]:
             if model in loaded:
@@ -145,15 +164,39 @@ class Memory:
             elif model not in self._leaving:
                 self._seen.pop(model, None)
 
+    def _on_server(self, provider: Provider) -> list[ServerHeld]:
+        """What a server holds, each of its models once."""
+        found: list[ServerHeld] = []
+        tags: list[str] = []
+        for one in sorted(self._told.get(provider, ()), key=lambda held: held.tag):
+            if any(provider.same_backend_model(one.tag, tag) for tag in tags):
+                continue
+            tags.append(one.tag)
+            ours = [
+                model.id
+                for model in self._models
+                if model.provider == provider.name and provider.same_backend_model(one.tag, model.backend_tag)
+            ]
+            found.append(ServerHeld(sorted(ours), _whole_mib(one.bytes)))
+        return found
+
+    def utilisation(self) -> dict[str, float]:
+        """Device -> the share of the last moments in which it computed, where its driver tells."""
+        return {
+            reading.id: round(reading.utilisation, 2)
+            for reading in self._readings
+            if reading.utilisation is not None and not reading.stale
+        }
+
     def _measure(self) -> None:
         for model, loaded in self._seen.items():
             self._peaks[model] = max(self.peak(model), self._size(self._held[model].device, loaded))
 
     def _size(self, device: str, loaded: LoadedModel) -> int:
-        """Bytes of a loaded model, in whole MiB upwards: a few pages more are no news."""
+        """Bytes of a loaded model."""
         reading = evidence.find(self._readings, device)
         told = _told(reading, loaded) if reading is not None else None
-        return -(-(told or loaded.bytes) // MIB) * MIB
+        return _whole_mib(told or loaded.bytes)
 
     def _pids(self) -> set[int]:
         """Our engines' processes."""
@@ -170,6 +213,10 @@ class Memory:
                 size = budget.budget(reading, self._ours(reading), self._reserved(reading), self._cap)
                 # A provider tells of an engine when it answers; what it takes until then is not somebody else's.
                 size = max(size, min(last.get(reading.id, 0), size + self._coming(reading.id)))
+                if self._share < 1:
+                    # Of the most, as what other workers of the device hold now is not what they may not have.
+                    self._most[reading.id] = max(size, self._most.get(reading.id, 0))
+                    size = min(size, int(self._share * self._most[reading.id]))
                 found[reading.id] = Device(reading.id, steady.follow(size), names)
         for known in self.devices:
             # A device that was there and does not show any more holds nothing; that is not the same as no device.
@@ -243,6 +290,17 @@ class Memory:
             await asyncio.sleep(LOOK_AGAIN_S)
         self._leaving.discard(model.id)
         self._seen.pop(model.id, None)
+        await self.look_at_server(provider)
+
+    async def look_at_server(self, provider: Provider) -> None:
+        """See anew what a server holds: whoever reads that a model has gone is not to read here that it is there."""
+        if provider in self._servers:
+            await self._ask_resident(provider)
+            held = self._on_server(provider)
+            self.devices = [
+                msgspec.structs.replace(device, held=held) if device.shared and device.id == provider.name else device
+                for device in self.devices
+            ]
 
     def _given_back_on(self, device: str) -> int:
         """Least bytes by which a device's free memory rises when all that is being unloaded there is gone."""
@@ -251,6 +309,11 @@ class Memory:
             for model in self._leaving
             if model in self._held and self._held[model].device == device
         )
+
+
+def _whole_mib(size: int) -> int:
+    """Bytes in whole MiB upwards: a few pages more are no news."""
+    return -(-size // MIB) * MIB
 
 
 def _told(reading: Reading, loaded: LoadedModel) -> int | None:

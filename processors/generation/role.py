@@ -8,6 +8,7 @@ import contextlib
 import msgspec
 import structlog
 import uuid_utils
+from aiokafka.errors import KafkaError
 
 from headrace.errors import Unavailable
 from headrace.redis_client import connect
@@ -32,6 +33,7 @@ log = structlog.get_logger(__name__)
 HEARTBEAT_S = 0.5
 LOOK_S = 1.0
 DESCRIBE_S = 2.0
+FAREWELL_S = 3.0
 _command: msgspec.json.Decoder[Command] = msgspec.json.Decoder(Command)
 
 
@@ -73,11 +75,22 @@ class Role:
         """Report at each change and twice a second, for ever. Raises `KafkaError`."""
         while True:
             self.worker.changed.clear()
-            await self._producer.send(
-                WORKER_STATUS.name, msgspec.json.encode(self.worker.status()), key=self._settings.worker_id
-            )
+            await self._report()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.worker.changed.wait(), HEARTBEAT_S)
+
+    async def farewell(self) -> None:
+        """Say that this process has left, once it obeys nobody: its requests go on elsewhere before it is missed."""
+        try:
+            async with asyncio.timeout(FAREWELL_S):
+                await self._report(left=True)
+        except (KafkaError, TimeoutError) as error:
+            log.warning("left_without_farewell", error=repr(error))
+
+    async def _report(self, *, left: bool = False) -> None:
+        status = self.worker.status()
+        status.left = left
+        await self._producer.send(WORKER_STATUS.name, msgspec.json.encode(status), key=self._settings.worker_id)
 
     async def describe(self) -> None:
         """Tell what the models are, at each change, for ever. Raises `KafkaError`."""
@@ -132,6 +145,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, leaving, return_exceptions=True)
+            if stop.is_set():  # Whoever fails is missed: what makes workers fail must not be handed on for ever.
+                await role.farewell()
             await role.bodies.close()
             await registry.stop()
             await client.aclose()

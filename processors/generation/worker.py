@@ -21,6 +21,7 @@ from processors.generation.memory import Held, Memory
 from processors.generation.providers.base import Provider
 from schemas import control
 from schemas.events import (
+    NO_EPOCH,
     CancelCommand,
     Command,
     GenerateCommand,
@@ -39,6 +40,8 @@ MAX_RUNNING = 4096
 """Hard bound on attempts at once, whatever a scheduler says."""
 UNLOAD_AGAIN_S = 5.0
 """Until an unload that failed is tried again."""
+LEAVE_S = 3.0
+"""How long what still runs may take to end when the worker leaves."""
 REMEMBERED = 20_000
 """Attempts that ended are remembered, so that a command that comes twice is obeyed once."""
 
@@ -107,13 +110,17 @@ class Worker:
         self._fail = fail
         self._term = -1
         self._fence = 0
-        self._stopping = False
+        self._stopping = self._leaving = False
         self._breakers = Breakers(self.changed)
         self._made: dict[str, tuple[control.Provider, Provider]] = {}
         self._retired: list[Provider] = []
         """Of records that have changed since; they are closed when they hold no model any more."""
         self._unusable: dict[str, control.Provider] = {}
+        self._models: dict[str, control.Model] = {}
+        """Of the providers that it serves."""
         self._held: dict[str, _Held] = {}
+        self._clearing: dict[str, asyncio.Task[None]] = {}
+        """Models that a server is asked to unload though they were not loaded by this worker."""
         self._running: dict[str, Attempt] = {}
         self._ended: OrderedDict[tuple[str, int], None] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,6 +143,8 @@ class Worker:
                 attempt = self._running.get(request_id)
                 if attempt is not None and command.attempt in (0, attempt.command.attempt):
                     attempt.cancel(command)
+            case LoadCommand() | GenerateCommand() if self._leaving and command.boot == self.boot:
+                log.info("left_to_others", command=type(command).__name__)  # as all that ran here
             case LoadCommand() if command.boot == self.boot:
                 self._load(command)
             case UnloadCommand() if command.boot == self.boot:
@@ -182,6 +191,8 @@ class Worker:
     async def _bring(self, held: _Held, provider: Provider) -> None:
         began, began_ms = time.monotonic(), now_ms()
         try:
+            if (clearing := self._clearing.get(held.model.id)) is not None:
+                await asyncio.wait((clearing,))
             if held.device:
                 await self.memory.check_room(held.model.id, held.device)
             loaded = await provider.load(held.model, held.device)
@@ -197,11 +208,33 @@ class Worker:
 
     def _unload(self, command: UnloadCommand) -> None:
         held = self._held.get(command.model)
-        if held is None or held.epoch > command.epoch or held.state == "unloading":
+        if held is None:
+            if command.epoch == NO_EPOCH:
+                self._clear(command.model)
+            return
+        if held.epoch > command.epoch or held.state == "unloading":
             return
         held.state = "unloading"
         self.changed.set()
         self._spawn(self._give_back(held))
+
+    def _clear(self, name: str) -> None:
+        """Unload what a provider's server holds and nobody has a lease on: the worker that loaded it is gone."""
+        model = self._models.get(name)
+        if model is not None and name not in self._clearing:
+            _, provider = self.served[model.provider]
+            self._clearing[name] = self._spawn(self._unload_stray(model, provider))
+
+    async def _unload_stray(self, model: control.Model, provider: Provider) -> None:
+        try:
+            await provider.unload(model)
+            log.info("stray_unloaded", model=model.id, provider=provider.name)
+        except HeadraceError as error:
+            log.warning("stray_not_unloaded", model=model.id, error=error.message)
+        finally:
+            del self._clearing[model.id]
+        await self.memory.look_at_server(provider)
+        self.changed.set()
 
     async def _give_back(self, held: _Held) -> None:
         """Unload; the heartbeat shows the model until its memory is free."""
@@ -256,6 +289,8 @@ class Worker:
         request_id = attempt.command.request.request_id
         try:
             await held.settled.wait()
+            if self._leaving:
+                return  # It is for others to go on with.
             if held.state == "failed":
                 error = ProviderError(f"The model's engine died and could not be started again: {held.error}")
                 await self._outcomes.end(unable(attempt.command, self.id, error))
@@ -300,10 +335,11 @@ class Worker:
             self.changed.set()
             self._spawn(self._bring(held, provider))
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -322,13 +358,14 @@ class Worker:
                     self._unusable[record.name] = record
                     log.error("provider_unusable", provider=record.name, error=error.message)
         names = {record.name for record in providers}
-        served = self.served = {name: made for name, made in self._made.items() if name in names}
+        self.served = {name: made for name, made in self._made.items() if name in names}
         somewhere = {
             model: Held(held.device, held.provider)
             for model, held in self._held.items()
             if held.state != "failed" and held.provider is not None
         }
-        await self.memory.look(served, [model for model in models if model.provider in served], somewhere)
+        self._models = {model.id: model for model in models if model.provider in self.served}
+        await self.memory.look(self.served, self._models.values(), somewhere)
         if self.memory.ready:
             self.providers = sorted(names)
 
@@ -368,6 +405,7 @@ class Worker:
             stopping=self._stopping,
             fence=self._fence,
             devices=self.memory.devices,
+            utilisation=self.memory.utilisation(),
             needs=self.memory.needs,
             broken=self._breakers.broken(),
         )
@@ -380,14 +418,17 @@ class Worker:
         self.changed.set()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait for running attempts, then cancel what is left; close the providers."""
+        """Wait for running attempts; leave to other workers what still runs then; close the providers."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
-        for request_id, attempt in list(self._running.items()):
-            attempt.cancel(CancelCommand(self._term, request_id, "The worker is stopping."))
+        self._leaving = True
+        for attempt in list(self._running.values()):
+            attempt.leave()
         await self._breakers.stop()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=10)
+            _, late = await asyncio.wait(self._tasks, timeout=LEAVE_S)
+            for task in late:
+                task.cancel()
         for provider in [*(made for _, made in self._made.values()), *self._retired]:
             await provider.close()

@@ -16,7 +16,8 @@ def usage_of(terminal: Terminal) -> UsageEvent:
 
     The price is the one in force when the request was routed. `queue_ms` is from acceptance to the start of the
     generation, `ttft_ms` from acceptance to the first token, `generation_ms` from start to end; 0 where a hop was
-    not reached.
+    not reached. Where the worker was lost, the start is the assignment, or the first token where that is not known,
+    and `load_ms` is 0.
     """
     usage, timings, price = terminal.usage, terminal.timings, terminal.price or _FREE
     return UsageEvent(

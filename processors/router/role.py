@@ -155,12 +155,11 @@ class Router:
         self._outcomes.event(
             envelope.request_id, envelope.tenant, Stage.ACCEPTED, at_ms=request.accepted_ms, detail=detail
         )
-        key = await self._admit(request, published, snapshot)
-        if isinstance(key, Terminal):
-            return self._refuse(key)
+        admitted = await self._admit(request, published, snapshot)
+        if isinstance(admitted, Terminal):
+            return self._refuse(admitted)
         metrics.PUBLISHED.labels(outcome="accepted").inc()
-        request = request._replace(envelope=msgspec.structs.replace(request.envelope, key_id=key.id))
-        return await self._choose(request, key, snapshot)
+        return await self._choose(*admitted, snapshot)
 
     async def _tell(self, app: str, answer: Answer) -> None:
         """Answer a message that made no request. Best effort: nothing was accepted."""
@@ -173,16 +172,22 @@ class Router:
         metrics.PUBLISHED.labels(outcome="refused").inc()
         return [self._outcomes.end(terminal)]
 
-    async def _admit(self, request: Request, published: Published, snapshot: Snapshot) -> Key | Terminal:
-        """The key whose rights and limits a publisher's request has, or its refusal; limits are asked in `_choose`."""
+    async def _admit(
+        self, request: Request, published: Published, snapshot: Snapshot
+    ) -> tuple[Request, Key] | Terminal:
+        """A publisher's request, under the key whose rights and limits it has, or its refusal.
+
+        Limits are asked in `_choose`.
+        """
         found = await self._api_key(published.api_key_id) if published.api_key_id else None
         try:
             key = key_of(published, found, snapshot, now_ms() / 1000)
         except HeadraceError as error:
             return refused(request, now_ms(), error)
+        request = request._replace(envelope=msgspec.structs.replace(request.envelope, key_id=key.id))
         await self._pools.heard(model.pool for model in snapshot.models.values() if model.enabled)
         standing_of = self._pools.standing((request.patient_ms - now_ms()) / 1000, request.envelope.priority)
-        return check_model(request, key, snapshot, standing_of, now_ms()) or key
+        return check_model(request, key, snapshot, standing_of, now_ms()) or (request, key)
 
     async def _claim(self, message: Message, envelope: Envelope) -> bool:
         """Whether this record is the first with its id. The scheduler tells a duplicate too, of what reached it."""

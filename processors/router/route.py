@@ -18,7 +18,7 @@ from schemas.control import Key, Model
 from schemas.events import INLINE_BODY_BYTES, NOTHING, BodyRef, Routed, Status, Terminal, Timings
 from schemas.openai import ChatCompletionRequest
 from topics.catalogue import REPLIES
-from topics.envelope import Envelope, Published
+from topics.envelope import INGRESS, Envelope, Published
 
 MAX_AGE_MS = 600_000
 """A request that waited longer than this at the broker is refused as `expired`: nobody waits for it any more."""
@@ -138,6 +138,8 @@ def routed(request: Request, model: Model, now_ms: int, cap: int | None = None) 
         continuable=continuable(asked),
         adapter=model.adapter(asked.model),
         start_by_ms=request.patient_ms if envelope.start_within_s is not None else 0,
+        publisher=request.published.publisher if request.published is not None else "",
+        ingress=envelope.source.removeprefix(INGRESS) if request.published is None else "",
     )
 
 

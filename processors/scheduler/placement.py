@@ -5,9 +5,9 @@ turns by what a second of loading gains: requests that wait, times how long they
 free memory where it fits tightest; of workers that share it, the one with the fewest models. Where nothing is free, the
 cheapest set of held models that suffices is drained: idle ones first, by what it would cost to need them again
 (expected requests x load time) for the memory they give, and not before the device has loaded what it loads now. A
-model in use gives way only to a queue that is about to wait for longer than W_max: in simulation (`bench/scheduler`)
-each rule by which it gave way sooner cost more in loads than it won. The memory of pinned models, and memory that is
-not seen to be free, is never granted.
+model in use gives way only to a queue that is about to lack its model for longer than W_max, and not before it has had
+a turn: in simulation (`bench/scheduler`) each rule by which it gave way sooner cost more in loads than it won. The
+memory of pinned models, and memory that is not seen to be free, is never granted.
 
 Training jobs are lent what is left: free memory, and that of idle models that nobody has asked for for minutes. They
 are given notice before a model that may still be of use gives way, if the wait for their checkpoint costs less.
@@ -15,20 +15,22 @@ are given notice before a model that may still be of use gives way, if the wait 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from processors.scheduler import training
-from processors.scheduler.messages import Action, Grant, LeaseMoved, Unload
-from processors.scheduler.state import Job, Lease, LeaseState, Pool, Taking, TrainingLease, Worker
+from processors.scheduler import servers, training
+from processors.scheduler.lives import drain, due_again
+from processors.scheduler.messages import Action, Grant
+from processors.scheduler.state import Job, Lease, LeaseState, Pool, Taking, TrainingLease
 from processors.scheduler.yielding import gives_way, yield_slots
 from schemas.control import Model
 
-RELOAD_AFTER_MS = 5_000
-"""A model whose load failed is tried again after this long."""
-RELEASE_TIMEOUT_MS = 30_000
-"""A worker that does not show the memory free after this long has it quarantined."""
+LEAST_TURN_MS = 1_000
+"""A model in use that was loaded for less than this, or than its load took, gives way to nobody: queues that are all
+late would take their models from each other before any of them is served."""
+LATENESS_MS = 1_000
+"""How much later than it could a plan is made, and a worker shows what it has done."""
 DEMAND_HALF_LIFE_MS = 60_000
 FORGOTTEN = 1 / 16
 """Demand below which an idle model's memory is lent to training: one request four minutes ago."""
@@ -49,92 +51,70 @@ class _Wish(NamedTuple):
     """Requests that wait for it."""
     waited_ms: int
     """How long its oldest request has waited."""
+    lacked_ms: int
+    """How long of that nobody had the model loaded."""
     may_evict: bool
     """Whether somebody waits for it or asked for it; one that is only to be there at hand takes free memory."""
     batch_only: bool
 
     late: bool
     """Whether half of W_max has passed, or will have when it is loaded: it is passed over for nobody else then."""
+    ahead_ms: float = 0
+    """By how much sooner it must have its memory, so that others who are late have theirs in time after it."""
 
     @property
     def rank(self) -> tuple[bool, bool, bool, float, str]:
         """Its place among wishes, the lowest being the first: late ones by their wait, others by what they gain."""
-        gain = self.waited_ms if self.late else self.waited_ms * self.waiting / max(1, self.model.load_ms)
+        gain = self.lacked_ms if self.late else self.waited_ms * self.waiting / max(1, self.model.load_ms)
         return not self.may_evict, self.batch_only, not self.late, -gain, self.model.id
 
 
-# --- leases move ----------------------------------------------------------------------------------------------------
+@dataclass(slots=True, eq=False)
+class _Holder:
+    """An active lease that may have to give way."""
+
+    lease: Lease
+    use: int
+    """0 for an idle one, 1 for one that only batch work uses, 2 for others."""
+    rested: bool
+    """Whether it has held its memory for as long as it is promised."""
+    had_turn: bool
+    """Whether it was loaded for at least as long as its load took."""
+    ends_ms: float
+    """How long it takes until what runs on it has ended."""
+    cost: float
+    """Expected time to load it again: how often it is asked for, times its load."""
+
+    @property
+    def bytes(self) -> int:
+        return self.lease.bytes
+
+    def order(self) -> tuple[int, float, str]:
+        """In which order they give way: idle ones by what they cost, those in use by who has had the longest turn."""
+        return self.use, self.lease.moved_ms if self.use > 1 else self.cost / self.bytes, self.lease.model
 
 
-def move(lease: Lease, state: LeaseState, now_ms: int, *, reason: str = "") -> list[Action]:
-    """Bring a lease into a state, and say so once it has an epoch."""
-    lease.state, lease.moved_ms = state, now_ms
-    if lease.epoch is None or state is LeaseState.REQUESTED:
-        return []
-    shown = "free" if state is LeaseState.FAILED else str(state)
-    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, shown, lease.bytes, reason, lease.device)]
+class _Option(NamedTuple):
+    """A device that a model may be given."""
 
-
-def drain(lease: Lease, now_ms: int, reason: str) -> list[Action]:
-    """Let an active lease end when its requests have; there is no way back."""
-    return [*move(lease, LeaseState.DRAINING, now_ms, reason=reason), *release_drained(lease, now_ms)]
-
-
-def release_drained(lease: Lease, now_ms: int) -> list[Action]:
-    """Give the memory back if the lease drains and nothing runs on it any more."""
-    if lease.state is not LeaseState.DRAINING or lease.used or lease.epoch is None:
-        return []
-    moved = move(lease, LeaseState.RELEASING, now_ms)
-    return [Unload(lease.worker, lease.boot, lease.model, lease.epoch), *moved]
-
-
-def freed(pool: Pool, lease: Lease) -> list[Action]:
-    """The worker shows that it no longer holds the model."""
-    del pool.leases[lease.worker, lease.model]
-    if lease.epoch is None:
-        return []
-    return [LeaseMoved(lease.worker, lease.boot, lease.model, lease.epoch, "free", lease.bytes, device=lease.device)]
-
-
-def time_out(pool: Pool, now_ms: int) -> list[Action]:
-    """Quarantine what is not seen to be free in time; release what was kept alive for long enough."""
-    actions: list[Action] = []
-    for lease in list(pool.leases.values()):
-        model = pool.models.get(lease.model)
-        if lease.state is LeaseState.FAILED and model is None:
-            del pool.leases[lease.worker, lease.model]
-            if lease.epoch is not None:  # the worker forgets its failure too
-                actions.append(Unload(lease.worker, lease.boot, lease.model, lease.epoch))
-        elif lease.state is LeaseState.RELEASING and now_ms - lease.moved_ms >= RELEASE_TIMEOUT_MS:
-            actions += move(lease, LeaseState.QUARANTINED, now_ms, reason="not seen to be free")
-        elif lease.state is LeaseState.ACTIVE and model is None:
-            actions += drain(lease, now_ms, "the model was removed")
-        elif lease.state is LeaseState.ACTIVE and model is not None and _kept_long_enough(pool, lease, model, now_ms):
-            actions += drain(lease, now_ms, "not used for its keep-alive")
-    return actions
-
-
-def _kept_long_enough(pool: Pool, lease: Lease, model: Model, now_ms: int) -> bool:
-    if model.keep_alive_ms is None or model.pinned or model.preload or _busy(pool, lease):
-        return False
-    return now_ms - max(lease.used_ms, lease.moved_ms) >= model.keep_alive_ms
-
-
-def due_again(lease: Lease, now_ms: int) -> bool:
-    """Whether a load that failed may be tried again."""
-    return lease.state is LeaseState.FAILED and now_ms - lease.moved_ms >= RELOAD_AFTER_MS
+    place: Place
+    spot: Place
+    """Where its bytes are counted."""
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def can_ever_fit(pool: Pool, model: Model) -> bool:
-    """Whether some worker that is there could hold the model alone; True while none is there that serves it."""
-    serving = [
-        worker for worker in pool.workers.values() if worker.usable and model.provider in worker.status.providers
-    ]
-    sizes = [[device.bytes for device in worker.devices_for(model.provider)] for worker in serving]
-    return not sizes or any(not of_one or model.bytes <= max(of_one) for of_one in sizes)
+def too_large(pool: Pool, model: Model) -> str | None:
+    """Why no worker could hold the model, if it had all memory to itself; None also while none is there to serve it."""
+    served = False
+    for worker in pool.workers.values():
+        if worker.usable and model.provider in worker.status.providers:
+            devices = worker.devices_for(model.provider)
+            if not devices or any(model.bytes <= device.bytes for device in devices):
+                return None
+            served = True
+    return f"takes {model.bytes} bytes, more than any device of this pool has" if served else None
 
 
 # --- planning -------------------------------------------------------------------------------------------------------
@@ -144,40 +124,46 @@ def place(pool: Pool, now_ms: int) -> list[Action]:
     """Ask for leases on what is wanted, and drain what must give way; nothing before the pool is taken."""
     if pool.taking is not Taking.TAKEN:
         return []
+    for lease in pool.leases.values():
+        if lease.state is LeaseState.ACTIVE and _will_serve(pool, lease):
+            pool.ready_ms[lease.model] = now_ms
     planner = _Planner(pool, now_ms)
     planner.relieve()
     failed = _failed_over(pool)
-    for model in pool.models.values():
-        if _at_hand(pool, model) or model.id in failed or pool.queues.get(model.id):
-            planner.spread(model)
-    for wish in sorted(_wishes(pool, now_ms), key=lambda wish: wish.rank):
+    wanted = [
+        model
+        for model in pool.models.values()
+        if pool.queues.get(model.id) or model.id in failed or pool.at_hand(model)
+    ]
+    for model in wanted:
+        planner.spread(model)
+    held = {lease.model for lease in pool.leases.values() if _will_serve(pool, lease)}
+    wishes = (_wish(pool, model, now_ms) for model in wanted if model.bytes and model.id not in held)
+    for wish in planner.in_time(sorted(wishes, key=lambda wish: wish.rank)):
         planner.grant(wish)
-    for model in pool.models.values():
-        if model.id in pool.queues and _short_of_slots(pool, model):
+    for model in wanted:
+        if _short_of_slots(pool, model):
             planner.widen(model)
     for job in training.waiting(pool):
         planner.lend(job)
     return planner.actions
 
 
-def _wishes(pool: Pool, now_ms: int) -> Iterator[_Wish]:
-    coming = {lease.model for lease in pool.leases.values() if _will_serve(pool, lease)}
-    failed = _failed_over(pool)
-    for model in pool.models.values():
-        queue = pool.queues.get(model.id)
-        if model.id in coming or not model.bytes or not (queue or model.id in failed or _at_hand(pool, model)):
-            continue
-        pressing = queue.oldest(batch=False) if queue else None
-        oldest = pressing or (queue.oldest() if queue else None)
-        waited = now_ms - oldest.waiting_ms if oldest is not None else 0
-        may_evict = oldest is not None or model.id in pool.wanted
-        late = pressing is not None and 2 * (waited + model.load_ms) >= pool.limits.max_wait_ms
-        yield _Wish(model, len(queue or ()), waited, may_evict, pressing is None, late)
+def _wish(pool: Pool, model: Model, now_ms: int) -> _Wish:
+    queue = pool.queues.get(model.id)
+    pressing = queue.oldest(batch=False) if queue else None
+    oldest = pressing or (queue.oldest() if queue else None)
+    waited = now_ms - oldest.waiting_ms if oldest is not None else 0
+    ready_ms = pool.ready_ms.get(model.id, 0)
+    lacked = waited if ready_ms > now_ms else min(waited, now_ms - ready_ms)  # a clock may have been put back
+    may_evict = oldest is not None or model.id in pool.wanted
+    late = pressing is not None and 2 * (lacked + model.load_ms) >= pool.limits.max_wait_ms
+    return _Wish(model, len(queue or ()), waited, lacked, may_evict, pressing is None, late)
 
 
-def _at_hand(pool: Pool, model: Model) -> bool:
-    """Whether a model is to be held though nobody waits for it."""
-    return model.pinned or model.id in pool.wanted or (model.preload and model.id not in pool.parked)
+def _turn_ms(load_ms: int) -> int:
+    """How long a model in use keeps its memory at least, if its load takes so long."""
+    return max(LEAST_TURN_MS, load_ms)
 
 
 def _failed_over(pool: Pool) -> set[str]:
@@ -187,21 +173,18 @@ def _failed_over(pool: Pool) -> set[str]:
 
 
 def _short_of_slots(pool: Pool, model: Model) -> bool:
-    if not model.bytes:
+    queue = pool.queues.get(model.id)
+    if not model.bytes or not queue:
         return False
     leases = [lease for lease in pool.of_model(model.id) if _will_serve(pool, lease)]
     slots = sum(model.max_concurrency - lease.used for lease in leases)
-    return bool(leases) and len(pool.queues[model.id]) > slots
+    return bool(leases) and len(queue) > slots
 
 
 def _will_serve(pool: Pool, lease: Lease) -> bool:
     """Whether the lease serves or will; not on a worker that is about to leave, or whose provider fails."""
     worker = pool.workers.get(lease.worker)
     return lease.coming and (worker is None or not worker.status.stopping) and not pool.blocked(lease)
-
-
-def _busy(pool: Pool, lease: Lease) -> bool:
-    return bool(lease.used or pool.queues.get(lease.model))
 
 
 def _pinned(pool: Pool, lease: Lease) -> bool:
@@ -216,33 +199,42 @@ class _Planner:
         self.actions: list[Action] = []
         self._pool = pool
         self._now = now_ms
-        self._free: Counter[Place] = Counter()
+        self._free: dict[Place, int] = defaultdict(int)
         """Bytes of each device that nobody holds or waits for; below 0 where somebody waits."""
-        self._leaving: Counter[Place] = Counter()
+        self._leaving: dict[Place, int] = defaultdict(int)
         """Bytes that are on their way back."""
-        self._active: dict[Place, list[Lease]] = {}
-        """Leases that may have to give way."""
-        self._use: dict[tuple[str, str], int] = {}
-        """Of those, by worker and model: 0 for an idle one, 1 for one that only batch work uses, 2 for others."""
+        self._active: dict[Place, list[_Holder]] = {}
+        self._offers: dict[str, list[tuple[str, list[_Option]]]] = {}
+        """Workers that may be given work for a provider's models, and their devices for it; filled as they are asked
+        for."""
+        self._movable: dict[Place, int] = defaultdict(int)
+        """Bytes of leases that may have to give way, now or when they are loaded."""
         self._loading: set[Place] = set()
         """Devices on which a model is being loaded."""
         self._shared: set[str] = set()
+        self._there: dict[Place, dict[str, int]] = defaultdict(dict)
+        """Bytes of models that a server holds and nobody has a lease on: those of a worker that is gone."""
         for name, worker in pool.workers.items():
             for device in worker.status.devices:
                 if device.shared:
                     self._shared.add(device.id)
                 self._free[self._spot(name, device.id)] = device.bytes
+        for server, found in servers.strays(pool, now_ms).items():
+            spot = Place("", server)
+            self._there[spot] = {model: stray.bytes for stray in found for model in stray.models}
+            self._free[spot] -= sum(stray.bytes for stray in found)
         for lease in pool.leases.values():
             spot = self._spot(lease.worker, lease.device)
             self._free[spot] -= lease.holds
+            movable = lease.coming and not _pinned(pool, lease)
+            if movable:
+                self._movable[spot] += lease.bytes
             if lease.state in (LeaseState.DRAINING, LeaseState.RELEASING):
                 self._leaving[spot] += lease.holds
             elif lease.state in (LeaseState.REQUESTED, LeaseState.LOADING):
                 self._loading.add(spot)
-            elif lease.state is LeaseState.ACTIVE and lease.bytes and not _pinned(pool, lease):
-                self._active.setdefault(spot, []).append(lease)
-                busy = _busy(pool, lease)
-                self._use[lease.worker, lease.model] = busy + (busy and not gives_way(pool, lease))
+            elif movable and lease.bytes:
+                self._active.setdefault(spot, []).append(self._holder(lease))
         self._training: dict[Place, list[TrainingLease]] = {}
         """Leases of jobs that may be given notice."""
         self._training_leaves: set[Place] = set()
@@ -259,6 +251,20 @@ class _Planner:
     def _spot(self, worker: str, device: str) -> Place:
         return Place("" if device in self._shared else worker, device)
 
+    def _holder(self, lease: Lease) -> _Holder:
+        pool, busy = self._pool, bool(lease.used or self._pool.queues.get(lease.model))
+        model = pool.models.get(lease.model)
+        load_ms = model.load_ms if model is not None else 0
+        held_ms = self._now - lease.moved_ms
+        return _Holder(
+            lease=lease,
+            use=busy + (busy and not gives_way(pool, lease)),
+            rested=held_ms >= pool.limits.residency_loads * load_ms,
+            had_turn=not 0 <= held_ms < _turn_ms(max(load_ms, lease.load_took_ms)),
+            ends_ms=2 * pool.service_ms.get(lease.model, 0.0),
+            cost=demand(pool, lease.model, self._now) * max(1, load_ms),
+        )
+
     def relieve(self) -> None:
         """Drain idle models where more is held than there is: a device shrank or is gone, or models grew."""
         for spot, free in list(self._free.items()):
@@ -266,28 +272,52 @@ class _Planner:
             if missing <= 0 or not spot.device:
                 continue
             missing -= self._end_training(spot, missing, "its device has less memory than is held")
-            idle = [lease for lease in self._active.get(spot, ()) if not self._in_use(lease)]
-            for lease in sorted(idle, key=lambda lease: self._cost(lease) / lease.bytes):
+            idle = [holder for holder in self._active.get(spot, ()) if not holder.use]
+            for holder in sorted(idle, key=lambda holder: holder.cost / holder.bytes):
                 if missing > 0:
-                    missing -= lease.bytes
-                    self._drain(spot, lease, "its device has less memory than is held")
+                    missing -= holder.bytes
+                    self._drain(spot, holder, "its device has less memory than is held")
+
+    def in_time(self, wishes: list[_Wish]) -> list[_Wish]:
+        """The same, each with how much sooner it must begin for those that come after it.
+
+        Late ones come first, by when W_max ends for them. From when one of them has its memory to when the next has it,
+        the turn of the first passes, what it runs then ends, and the next is loaded. Where the ends of their W_max are
+        closer than that, the first must be done by so much sooner. Those that share no device are in nobody's way.
+        """
+        late = [(wish, {option.spot for option in self._options(wish.model)}) for wish in wishes if wish.late]
+        if len(late) < 2:
+            return wishes
+        sooner: dict[str, float] = {}
+        for at, (wish, spots) in enumerate(late):
+            before, takes_ms, most = wish, 0.0, 0.0
+            for other, places in late[at + 1 :]:
+                if spots.isdisjoint(places):
+                    continue
+                ends_ms = max((holder.ends_ms for spot in places for holder in self._active.get(spot, ())), default=0.0)
+                takes_ms += (_turn_ms(before.model.load_ms) + ends_ms + other.model.load_ms) / len(places)
+                most = max(most, takes_ms - (wish.lacked_ms - other.lacked_ms))
+                before = other
+            sooner[wish.model.id] = most
+        return [wish._replace(ahead_ms=sooner.get(wish.model.id, 0.0)) for wish in wishes]
 
     def spread(self, model: Model) -> None:
         """Have every worker hold a model that takes no memory there that is counted."""
-        for name, worker in self._workers(model):
-            if not worker.devices_for(model.provider):
+        for name, devices in self._offering(model.provider):
+            if not devices and self._may_hold(model, name):
                 self._ask(model, name, "")
 
     def grant(self, wish: _Wish) -> None:
         """Give a model memory, or have memory made free for it."""
         model = wish.model
-        places = list(self._places(model))
-        fitting = [place for place in places if self._free[self._spot(*place)] >= model.bytes]
+        options = self._options(model)
+        fitting = [option for option in options if self._fits(model, option.spot)]
         if fitting:
             leases = Counter(worker for worker, _ in self._pool.leases)
-            self._ask(model, *min(fitting, key=lambda place: (self._free[self._spot(*place)], leases[place.worker])))
-        elif places:
-            spots = sorted({self._spot(*place) for place in places})
+            best = min(fitting, key=lambda option: (self._free[option.spot], leases[option.place.worker]))
+            self._ask(model, *best.place)
+        elif options:
+            spots = sorted({option.spot for option in options})
             if wish.may_evict:
                 self._make_room(wish, spots)
             else:
@@ -295,12 +325,12 @@ class _Planner:
 
     def widen(self, model: Model) -> None:
         """Serve a model with more waiting than slots from further workers, where that takes nothing from others."""
-        places = list(self._places(model))
-        for place in places:
-            if self._free[self._spot(*place)] >= model.bytes:
-                self._ask(model, *place)
+        options = self._options(model)
+        for option in options:
+            if self._fits(model, option.spot):
+                self._ask(model, *option.place)
                 return
-        self._have_training_leave([self._spot(*place) for place in places], model)
+        self._have_training_leave([option.spot for option in options], model)
 
     def lend(self, job: Job) -> None:
         """Let a job train in memory that nobody wants or is likely to want soon."""
@@ -315,52 +345,75 @@ class _Planner:
             if self._free[spot] + self._leaving[spot] >= job.bytes:
                 self._free[spot] -= job.bytes
                 return
-            forgotten = [lease for lease in self._active.get(spot, ()) if self._forgotten(lease)]
-            if self._free[spot] + self._leaving[spot] + sum(lease.bytes for lease in forgotten) >= job.bytes:
-                forgotten.sort(key=lambda lease: (lease.used_ms, lease.model))
-                for lease in forgotten:
+            forgotten = [holder for holder in self._active.get(spot, ()) if self._forgotten(holder)]
+            if self._free[spot] + self._leaving[spot] + sum(holder.bytes for holder in forgotten) >= job.bytes:
+                forgotten.sort(key=lambda holder: (holder.lease.used_ms, holder.lease.model))
+                for holder in forgotten:
                     if self._free[spot] + self._leaving[spot] < job.bytes:
-                        self._drain(spot, lease, f"nobody asks for it, and {job.id} can train")
+                        self._drain(spot, holder, f"nobody asks for it, and {job.id} can train")
                 self._free[spot] -= job.bytes
                 return
 
-    def _forgotten(self, lease: Lease) -> bool:
+    def _forgotten(self, holder: _Holder) -> bool:
         """Whether a model is idle, was not asked for for minutes, and is not to be at hand."""
-        model = self._pool.models.get(lease.model)
-        kept = model is not None and _at_hand(self._pool, model)
+        lease, model = holder.lease, self._pool.models.get(holder.lease.model)
+        kept = model is not None and self._pool.at_hand(model)
         turn_ms = self._now - max(lease.moved_ms, lease.used_ms)
         rested = turn_ms >= DEMAND_HALF_LIFE_MS
-        return (
-            rested and not kept and not self._in_use(lease) and demand(self._pool, lease.model, self._now) < FORGOTTEN
-        )
+        return rested and not kept and not holder.use and demand(self._pool, lease.model, self._now) < FORGOTTEN
 
-    def _workers(self, model: Model) -> Iterator[tuple[str, Worker]]:
-        """Workers that may be given the model and have no lease on it."""
-        for name, worker in self._pool.workers.items():
-            if worker.offers(model.provider):
-                lease = self._pool.leases.get((name, model.id))
-                if lease is None or due_again(lease, self._now):
-                    yield name, worker
+    def _offering(self, provider: str) -> list[tuple[str, list[_Option]]]:
+        found = self._offers.get(provider)
+        if found is None:
+            found = self._offers[provider] = [
+                (
+                    name,
+                    [
+                        _Option(Place(name, device.id), self._spot(name, device.id))
+                        for device in worker.devices_for(provider)
+                    ],
+                )
+                for name, worker in self._pool.workers.items()
+                if worker.offers(provider)
+            ]
+        return found
 
-    def _places(self, model: Model) -> Iterator[Place]:
-        """The devices of those workers, for a model whose size is known.
+    def _may_hold(self, model: Model, worker: str) -> bool:
+        """Whether a worker has no lease on the model, or one that failed and may be tried again."""
+        lease = self._pool.leases.get((worker, model.id))
+        return lease is None or due_again(lease, self._now)
+
+    def _options(self, model: Model) -> list[_Option]:
+        """Where a model could be held that is not held there, if its size is known.
 
         A server holds a model once, whoever asks it to: one worker's unload would take it from another.
         """
         if not model.bytes:
-            return
-        held = {self._spot(lease.worker, lease.device) for lease in self._pool.of_model(model.id) if lease.holds}
-        for name, worker in self._workers(model):
-            for device in worker.devices_for(model.provider):
-                if not (device.shared and self._spot(name, device.id) in held):
-                    yield Place(name, device.id)
+            return []
+        held = (
+            {self._spot(lease.worker, lease.device) for lease in self._pool.of_model(model.id) if lease.holds}
+            if self._shared
+            else ()
+        )
+        return [
+            option
+            for name, devices in self._offering(model.provider)
+            if devices and self._may_hold(model, name)
+            for option in devices
+            if not (option.place.device in self._shared and option.spot in held)
+            and not servers.is_leaving(self._pool, option.place.device, model.id)
+        ]
+
+    def _fits(self, model: Model, spot: Place) -> bool:
+        """Whether it takes nothing from others there; where it lies already it takes no more."""
+        return self._free[spot] + self._there[spot].get(model.id, 0) >= model.bytes
 
     def _ask(self, model: Model, worker: str, device: str) -> None:
         boot = self._pool.workers[worker].status.boot
         size = model.bytes if device else 0
         self._pool.leases[worker, model.id] = Lease(worker, boot, model.id, device, size, moved_ms=self._now)
         spot = self._spot(worker, device)
-        self._free[spot] -= size
+        self._free[spot] += self._there[spot].pop(model.id, 0) - size
         self._loading.add(spot)
         self.actions.append(Grant(worker, boot, model.id, device, size))
 
@@ -387,17 +440,30 @@ class _Planner:
             if not options:
                 options = self._all_together(wish, idle)
         if not options:
+            self._claim(wish, places)
             return
-        spot, victims = min(options, key=lambda option: (sum(map(self._cost, option[1])), option[0]))
+        spot, victims = min(options, key=lambda option: (sum(holder.cost for holder in option[1]), option[0]))
         self._free[spot] -= wish.model.bytes
-        for lease in victims:
-            self._drain(spot, lease, f"makes room for {wish.model.id}")
+        for holder in victims:
+            self._drain(spot, holder, f"makes room for {wish.model.id}")
             if not wish.batch_only:
-                self.actions += yield_slots(self._pool, [lease], len(lease.running))
+                self.actions += yield_slots(self._pool, [holder.lease], len(holder.lease.running))
 
-    def _price(self, victims: list[Lease]) -> tuple[bool, float]:
+    def _claim(self, wish: _Wish, places: list[Place]) -> None:
+        """Keep a device for a queue whose time is over until enough of its models have had their turn.
+
+        Else those that need less would always find one of them that has, and a large model none.
+        """
+        if not wish.late or wish.lacked_ms + wish.model.load_ms < self._pool.limits.max_wait_ms:
+            return
+        for spot in places:
+            if self._free[spot] + self._leaving[spot] + self._movable[spot] >= wish.model.bytes:
+                self._free[spot] -= wish.model.bytes
+                return
+
+    def _price(self, victims: list[_Holder]) -> tuple[bool, float]:
         """Whether a model in use would give way, and the expected cost in milliseconds of waiting requests."""
-        return any(self._in_use(lease) for lease in victims), sum(map(self._cost, victims))
+        return any(holder.use for holder in victims), sum(holder.cost for holder in victims)
 
     def _notice_price(self, wish: _Wish, spot: Place) -> float:
         """What it costs those who wait that a trainer writes its checkpoint first, in the same unit."""
@@ -415,7 +481,7 @@ class _Planner:
                 return True
         return False
 
-    def _all_together(self, wish: _Wish, spots: list[Place]) -> list[tuple[Place, list[Lease]]]:
+    def _all_together(self, wish: _Wish, spots: list[Place]) -> list[tuple[Place, list[_Holder]]]:
         """A device where jobs and models suffice only together: its jobs are given notice; the models to drain."""
         for spot in spots:
             trained = sum(lease.bytes for lease in self._training.get(spot, ()))
@@ -439,53 +505,37 @@ class _Planner:
                 self.actions += training.notice(self._pool, lease, self._now, reason)
         return found
 
-    def _drain(self, spot: Place, lease: Lease, reason: str) -> None:
-        self._active[spot].remove(lease)
-        self._leaving[spot] += lease.bytes
-        self.actions += drain(lease, self._now, reason)
+    def _drain(self, spot: Place, holder: _Holder, reason: str) -> None:
+        self._active[spot].remove(holder)
+        self._leaving[spot] += holder.bytes
+        self._movable[spot] -= holder.bytes
+        self.actions += drain(holder.lease, self._now, reason)
 
-    def _victims(self, wish: _Wish, spot: Place) -> list[Lease] | None:
+    def _victims(self, wish: _Wish, spot: Place) -> list[_Holder] | None:
         """The cheapest of the leases on a device that may be taken and suffice; None when they do not."""
         missing = wish.model.bytes - self._free[spot] - self._leaving[spot]
-        candidates = [lease for lease in self._active.get(spot, ()) if self._may_take(wish, lease)]
-        if sum(lease.bytes for lease in candidates) < missing:
+        candidates = [holder for holder in self._active.get(spot, ()) if self._may_take(wish, holder)]
+        if sum(holder.bytes for holder in candidates) < missing:
             return None
-        candidates.sort(
-            key=lambda lease: (self._in_use(lease), self._cost(lease) / lease.bytes, lease.model),
-        )
-        chosen: list[Lease] = []
-        for lease in candidates:
+        candidates.sort(key=_Holder.order)
+        chosen: list[_Holder] = []
+        for holder in candidates:
             if missing <= 0:
                 break
-            chosen.append(lease)
-            missing -= lease.bytes
-        for lease in sorted(chosen, key=self._cost, reverse=True):
-            if missing + lease.bytes <= 0:
-                chosen.remove(lease)
-                missing += lease.bytes
+            chosen.append(holder)
+            missing -= holder.bytes
+        for holder in sorted(chosen, key=lambda holder: holder.cost, reverse=True):
+            if missing + holder.bytes <= 0:
+                chosen.remove(holder)
+                missing += holder.bytes
         return chosen
 
-    def _may_take(self, wish: _Wish, lease: Lease) -> bool:
-        if self._in_use(lease) > (0 if wish.batch_only else 1):
-            return self._must_have(wish, lease)
-        turn_ms = self._pool.limits.residency_loads * self._load_ms(lease)
-        return self._now - lease.moved_ms >= turn_ms or self._must_have(wish, lease)
-
-    def _in_use(self, lease: Lease) -> int:
-        return self._use[lease.worker, lease.model]
-
-    def _must_have(self, wish: _Wish, lease: Lease) -> bool:
-        """Whether the queue would wait for longer than W_max if this lease was not drained now."""
-        needs = wish.model.load_ms + 2 * self._pool.service_ms.get(lease.model, 0.0)
-        return not wish.batch_only and wish.waited_ms + needs >= self._pool.limits.max_wait_ms
-
-    def _load_ms(self, lease: Lease) -> int:
-        model = self._pool.models.get(lease.model)
-        return model.load_ms if model is not None else 0
-
-    def _cost(self, lease: Lease) -> float:
-        """Expected time to load it again: how often it is asked for, times its load."""
-        return demand(self._pool, lease.model, self._now) * max(1, self._load_ms(lease))
+    def _may_take(self, wish: _Wish, holder: _Holder) -> bool:
+        """Whether it gives way to this wish: by its use, or as the queue would lack its model for longer than W_max."""
+        if wish.batch_only:
+            return not holder.use and holder.rested
+        lacks_ms = wish.lacked_ms + wish.ahead_ms + wish.model.load_ms + holder.ends_ms + LATENESS_MS
+        return (holder.use < 2 and holder.rested) or (holder.had_turn and lacks_ms >= self._pool.limits.max_wait_ms)
 
 
 def demand(pool: Pool, model: str, now_ms: int) -> float:

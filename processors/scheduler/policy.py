@@ -1,7 +1,7 @@
 """The scheduling policy: `step(pool, event, now) -> actions`. Pure: no I/O, no clock, no randomness.
 
-Each model has a queue, fair between tenants (`queues`); models share the memory of devices under leases (`placement`);
-a request goes to the worker that holds its model and has the most free slots.
+Each model has a queue, fair between tenants (`queues`); models share the memory of devices (`placement`) under
+leases (`lives`, `holdings`); a request goes to the worker that holds its model and has the most free slots.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from processors.scheduler import placement, training, wishes, yielding
+from processors.scheduler import holdings, lives, placement, servers, training, wishes, yielding
 from processors.scheduler.messages import (
     Action,
     Adopt,
@@ -45,7 +45,7 @@ from processors.scheduler.messages import (
 )
 from processors.scheduler.state import Lease, LeaseState, Pool, Request, Running, Stray, Taking, Worker
 from schemas.control import Model
-from schemas.events import Priority, Resident, RunningAttempt, Status, WorkerStatus
+from schemas.events import Priority, RunningAttempt, Status, WorkerStatus
 
 WORKER_TIMEOUT_MS = 3_000
 """A worker without a heartbeat for this long is lost."""
@@ -78,7 +78,7 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
         case AttemptReady():
             return _requeue(pool, event, now_ms)
         case Superseded(request_id, attempt):
-            return _superseded(pool, request_id, attempt)
+            return _superseded(pool, request_id, attempt, now_ms)
         case WorkerSeen(status):
             return _worker_seen(pool, status, now_ms)
         case LeaseGranted(worker, model, epoch):
@@ -88,9 +88,10 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return _hear(pool)
         case LogRead():
             pool.taking = Taking.TAKEN
-            return _serve(pool, now_ms)
+            return _fence_opened(pool, now_ms) + _serve(pool, now_ms)
         case ModelsChanged(models):
             pool.models = models
+            pool.ready_ms = {id: at_ms for id, at_ms in pool.ready_ms.items() if id in models}
             return _serve(pool, now_ms)
         case WeightsChanged(weights):
             pool.weights.clear()
@@ -115,7 +116,9 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
 
 def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     early = pool.early_cancels.pop((request.tenant, request.id), None)
-    if (stray := pool.strays.pop((request.id, request.attempt), None)) is not None:
+    given = pool.given.pop((request.id, request.attempt), None)
+    refused = given is not None and _has_not(pool, given, request)
+    if (stray := pool.strays.pop((request.id, request.attempt), None if refused else given)) is not None:
         shown = any(request.id in lease.strays for lease in _leases_at(pool, stray))
         adopted = _run_on(pool, request, stray, now_ms, shown=shown)
         return (
@@ -123,6 +126,8 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
             if early is None
             else adopted + _cancel(pool, CancelAsked(request.id, early[1], request.tenant), now_ms)
         )
+    if refused or (request.opened_before and pool.taking is Taking.TAKEN):
+        return [Enqueued(request), _fence(pool, request, now_ms, cancel_asked=early is not None)]
     if early is not None:
         return [End(request, Status.CANCELLED, "cancelled", early[1])]
     if now_ms > request.late_ms:
@@ -130,8 +135,8 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     model = pool.models.get(request.model)
     if model is None:
         return [End(request, Status.REJECTED, "model_not_found", f"The model {request.model!r} was removed.")]
-    if not placement.can_ever_fit(pool, model):
-        return [_too_large(request, model)]
+    if (reason := placement.too_large(pool, model)) is not None:
+        return [End(request, Status.REJECTED, "service_unavailable", f"The model {model.id!r} {reason}.")]
     queue = pool.queue(request.model)
     if len(queue) >= MAX_QUEUE:
         return [End(request, Status.REJECTED, "service_unavailable", "Too many requests wait for this model.")]
@@ -172,16 +177,36 @@ def _run_on(pool: Pool, request: Request, at: Stray, now_ms: int, *, shown: bool
     return [Adopt(request, at.worker, at.boot, at.epoch)]
 
 
+def _has_not(pool: Pool, at: Stray, request: Request) -> bool:
+    """Whether a worker that was told to run a request shows that it does not: it has ended it, or refused to."""
+    worker = pool.workers.get(at.worker)
+    if worker is None or not worker.trusted or worker.status.boot != at.boot:
+        return False
+    return (request.id, request.attempt) not in _shown(worker.status)
+
+
+def _fence(pool: Pool, request: Request, now_ms: int, *, cancel_asked: bool = False) -> Recover:
+    """Open the next attempt of a request whose last one was the scheduler's before, and which no worker has."""
+    request.opened_before = False
+    pool.recovering[request.id] = held = Running(request, "", "", 0, now_ms, cancel_asked)
+    return Recover(held, may_retry=True, reason="its scheduler was lost")
+
+
+def _fence_opened(pool: Pool, now_ms: int) -> list[Action]:
+    """The pool is taken: what lost attempts had sent is asked for anew where the one who had asked for it is gone."""
+    actions: list[Action] = []
+    for queue in pool.queues.values():
+        for request in [waiting for waiting in queue if waiting.opened_before]:
+            queue.remove(request.id)
+            actions.append(_fence(pool, request, now_ms))
+    return actions
+
+
 def _too_late(request: Request) -> End:
     message = "The deadline passed while the request waited for its turn."
     if request.late_ms < request.deadline_ms:
         message = "The request was to begin by now, and still waited for its turn: nothing was generated."
     return End(request, Status.EXPIRED, "deadline_exceeded", message)
-
-
-def _too_large(request: Request, model: Model) -> End:
-    message = f"The model {model.id!r} takes {model.bytes} bytes, more than any device of this pool has."
-    return End(request, Status.REJECTED, "service_unavailable", message)
 
 
 def _restored(pool: Pool, running: Running) -> list[Action]:
@@ -212,7 +237,8 @@ def _cancel_running(running: Running, reason: str, status: Status) -> list[Actio
     if running.cancel_asked:
         return []
     running.cancel_asked = True
-    return [CancelRunning(running.request.id, running.worker, reason, status)]
+    # What no worker has ends when its next attempt is open.
+    return [CancelRunning(running.request.id, running.worker, reason, status)] if running.worker else []
 
 
 def _finished(pool: Pool, event: Finished, now_ms: int) -> list[Action]:
@@ -234,7 +260,7 @@ def _finished(pool: Pool, event: Finished, now_ms: int) -> list[Action]:
     lease.running.discard(request.id)
     lease.used_ms = now_ms
     if lease.state is LeaseState.DRAINING:
-        return placement.release_drained(lease, now_ms)
+        return lives.release_drained(lease, now_ms)
     actions = _dispatch(pool, request.model, now_ms)
     # It may be idle now, and another model may have waited for that.
     return actions if lease.running else actions + placement.place(pool, now_ms)
@@ -258,7 +284,10 @@ def _requeue(pool: Pool, ready: AttemptReady, now_ms: int) -> list[Action]:
     if request.model not in pool.models:
         reason = f"The model {request.model!r} was removed."
         return [*actions, End(request, Status.REJECTED, "model_not_found", reason)]
-    actions += _enqueue(pool, request, now_ms, first=True)
+    if now_ms > request.late_ms:
+        return [*actions, _too_late(request)]
+    # What a worker had goes before all others.
+    actions += _enqueue(pool, request, now_ms, first=bool(before.worker) or ready.begun)
     return actions + placement.place(pool, now_ms) if request.id in pool.queue(request.model) else actions
 
 
@@ -271,7 +300,7 @@ def _give_up_slot(pool: Pool, running: Running, now_ms: int) -> list[Action]:
     lease = pool.leases.get((running.worker, request.model))
     if lease is not None:
         lease.running.discard(request.id)
-        actions += placement.release_drained(lease, now_ms)
+        actions += lives.release_drained(lease, now_ms)
     return actions
 
 
@@ -280,9 +309,11 @@ def _give_up_slot(pool: Pool, running: Running, now_ms: int) -> list[Action]:
 
 def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     known = pool.workers.get(status.worker)
+    if status.left:
+        return _worker_left(pool, status, now_ms)
     actions: list[Action] = []
     if known is not None and known.status.boot != status.boot:
-        actions += _lose_boot(pool, known)
+        actions += _lose_boot(pool, known.status, now_ms)
         known = None
     trusted = _is_trusted(pool, status)
     pool.workers[status.worker] = Worker(status, now_ms, trusted)
@@ -292,13 +323,41 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
             actions.append(SendTerm(status.worker, pool.fences.get(status.worker, 0)))
         return actions + _serve(pool, now_ms)  # Others may have to do without it.
     first = known is None or not known.trusted
-    actions += _adopt(pool, status, now_ms)
-    actions += _see_freed(pool, status)
+    news = known is None or first or _tells_news(pool, known.status, status)
+    actions += holdings.adopt(pool, status, now_ms)
+    actions += holdings.see_freed(pool, status)
     actions += training.seen(pool, status, now_ms)
     if first:
         actions += _reconcile(pool, status)
     actions += _progress(pool, status, now_ms)
+    actions += _hear(pool)
+    # What time alone has changed is for the next tick.
+    return actions + _serve(pool, now_ms) if news or actions else actions
+
+
+def _worker_left(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
+    """A worker stopped in order: what it did not end goes on elsewhere, and nobody waits until it is missed."""
+    known = pool.workers.get(status.worker)
+    if known is not None and known.status.boot == status.boot:
+        del pool.workers[status.worker]
+    actions = _lose_boot(pool, status, now_ms)
     return actions + _hear(pool) + _serve(pool, now_ms)
+
+
+def _tells_news(pool: Pool, before: WorkerStatus, now: WorkerStatus) -> bool:
+    """Whether a heartbeat shows more than progress: anything by which memory or slots could be given otherwise."""
+    if (before.resident, before.devices, before.providers, before.broken, before.stopping, before.trainers) != (
+        now.resident, now.devices, now.providers, now.broken, now.stopping, now.trainers
+    ):  # fmt: skip
+        return True
+    if any(lease.strays for lease in pool.leases.values()):
+        return True
+    changed = (
+        running
+        for attempt in now.running
+        if (running := pool.running.get(attempt.request_id)) is not None and running.goes_on != attempt.goes_on
+    )
+    return any(running.request.priority is Priority.BATCH for running in changed)
 
 
 def _hear(pool: Pool) -> list[Action]:
@@ -313,76 +372,20 @@ def _is_trusted(pool: Pool, status: WorkerStatus) -> bool:
     return status.term == pool.term and status.fence >= pool.fences.get(status.worker, 0)
 
 
-def _adopt(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
-    """Bring leases in line with what the worker really holds."""
-    actions: list[Action] = []
-    for resident in status.resident:
-        lease = pool.leases.get((status.worker, resident.model))
-        if lease is None:
-            actions += _take_over(pool, status, resident, now_ms)
-        elif resident.epoch == lease.epoch:
-            actions += _follow(lease, resident, now_ms)
-    return actions
-
-
-def _take_over(pool: Pool, status: WorkerStatus, resident: Resident, now_ms: int) -> list[Action]:
-    """A lease of an earlier term, found where it is held."""
-    model = pool.models.get(resident.model)
-    size = resident.bytes or (model.bytes if model is not None else 0)
-    lease = Lease(
-        status.worker, status.boot, resident.model, resident.device, size if resident.device else 0, resident.epoch,
-        LeaseState.LOADING, moved_ms=now_ms, used_ms=now_ms,
-    )  # fmt: skip
-    if wishes.is_released(pool, lease):
-        lease.bytes = 0
-    place = (status.worker, resident.model)
-    lease.running = {r.request.id for r in pool.running.values() if (r.worker, r.request.model) == place}
-    pool.leases[place] = lease
-    if resident.state == "unloading":
-        return placement.move(lease, LeaseState.RELEASING, now_ms)
-    return _follow(lease, resident, now_ms)
-
-
-def _follow(lease: Lease, resident: Resident, now_ms: int) -> list[Action]:
-    """One lease, as the worker that holds it shows it."""
-    match resident.state:
-        case "loading" if lease.state is LeaseState.ACTIVE:
-            # Its engine died and comes back under the same lease.
-            return placement.move(lease, LeaseState.LOADING, now_ms)
-        case "active" if lease.state is LeaseState.LOADING:
-            lease.used_ms = now_ms
-            if resident.bytes and lease.device:
-                lease.bytes = resident.bytes
-            return placement.move(lease, LeaseState.ACTIVE, now_ms)
-        case "active" if lease.device and lease.state is not LeaseState.QUARANTINED:
-            lease.bytes = max(lease.bytes, resident.bytes)  # its peak
-        case "failed" if lease.state in (LeaseState.LOADING, LeaseState.ACTIVE, LeaseState.DRAINING):
-            lease.error = resident.error
-            return placement.move(lease, LeaseState.FAILED, now_ms, reason=f"not loaded: {resident.error}")
-    return []
-
-
-def _see_freed(pool: Pool, status: WorkerStatus) -> list[Action]:
-    """What was to be unloaded and is no longer shown is free."""
-    shown = {resident.model: resident.epoch for resident in status.resident if resident.state != "failed"}
-    leaving = (LeaseState.RELEASING, LeaseState.QUARANTINED)
-    return [
-        action
-        for lease in list(pool.leases.values())
-        if lease.worker == status.worker and lease.state in leaving and shown.get(lease.model) != lease.epoch
-        for action in placement.freed(pool, lease)
-    ]
-
-
 def _reconcile(pool: Pool, status: WorkerStatus) -> list[Action]:
     """A worker shows our term: what it does not run now, of what it was given before, it never will."""
-    runs = {(attempt.request_id, attempt.attempt) for attempt in status.running}
+    runs = _shown(status)
     lost = [
         running
         for running in pool.running.values()
         if running.worker == status.worker and (running.request.id, running.request.attempt) not in runs
     ]
     return [action for running in lost for action in _lose(pool, running)]
+
+
+def _shown(status: WorkerStatus) -> set[tuple[str, int]]:
+    """(request, attempt) of all that a worker runs."""
+    return {(attempt.request_id, attempt.attempt) for attempt in status.running}
 
 
 def _progress(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
@@ -394,6 +397,9 @@ def _progress(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     for attempt in status.running:
         known = pool.running.get(attempt.request_id)
         if known is not None and known.request.attempt == attempt.attempt:
+            if (known.worker, known.boot) != (status.worker, status.boot):
+                actions += _lose(pool, known)  # Two have the same attempt: neither counts.
+                continue
             known.goes_on = attempt.goes_on
             pool.queue(known.request.model).charge_tokens(known.request, completion=attempt.tokens)
         else:
@@ -404,7 +410,11 @@ def _progress(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
 def _stray(pool: Pool, status: WorkerStatus, attempt: RunningAttempt, now_ms: int) -> list[Action]:
     """An attempt that we gave to nobody: it is superseded, or the scheduler before us gave it and did not say so."""
     at = Stray(status.worker, status.boot, attempt.epoch)
-    if attempt.request_id not in pool.running and attempt.request_id not in pool.recovering:
+    lost = pool.recovering.get(attempt.request_id)
+    if lost is not None and lost.request.attempt == attempt.attempt:
+        # Its next attempt is not open yet: an end that it told of now would be the request's.
+        return _keep_slot(pool, at, attempt.request_id)
+    if attempt.request_id not in pool.running and lost is None:
         for queue in pool.queues.values():
             waiting = queue.get(attempt.request_id)
             if waiting is not None and waiting.attempt == attempt.attempt:
@@ -415,12 +425,17 @@ def _stray(pool: Pool, status: WorkerStatus, attempt: RunningAttempt, now_ms: in
         else:
             if now_ms - pool.taken_ms < STRAYS_MS:
                 pool.strays[attempt.request_id, attempt.attempt] = at
-                for lease in _leases_at(pool, at):
-                    lease.strays.add(attempt.request_id)
-                return []
+                return _keep_slot(pool, at, attempt.request_id)
     reason = "The attempt was superseded."
     # By its number: another attempt of it may be on its way to the same worker.
     return [CancelRunning(attempt.request_id, status.worker, reason, Status.CANCELLED, attempt=attempt.attempt)]
+
+
+def _keep_slot(pool: Pool, at: Stray, request_id: str) -> list[Action]:
+    """What is left alone where it runs has its slot until its worker is heard next."""
+    for lease in _leases_at(pool, at):
+        lease.strays.add(request_id)
+    return []
 
 
 def _leases_at(pool: Pool, at: Stray) -> list[Lease]:
@@ -428,16 +443,10 @@ def _leases_at(pool: Pool, at: Stray) -> list[Lease]:
     return [lease for lease in pool.leases.values() if (lease.worker, lease.boot, lease.epoch) == place]
 
 
-def _forget_strays(pool: Pool) -> None:
-    """No request comes again any more; what still runs without one is ended when its worker shows it next."""
-    pool.strays.clear()
-    for lease in pool.leases.values():
-        lease.strays.clear()
-
-
-def _lose(pool: Pool, running: Running) -> list[Action]:
+def _lose(pool: Pool, running: Running, *, left: bool = False) -> list[Action]:
+    """Recover a request whose worker has it no more; where that `left` in order, it is not held against the request."""
     request = running.request
-    request.losses += 1
+    request.losses += not left
     pool.running.pop(request.id, None)
     lease = pool.leases.get((running.worker, request.model))
     if lease is not None:
@@ -445,31 +454,38 @@ def _lose(pool: Pool, running: Running) -> list[Action]:
     pool.recovering[request.id] = running
     if running.yielding:
         return []  # Its next attempt is being opened already.
-    return [Recover(running, may_retry=request.losses < MAX_ATTEMPTS)]
+    reason = f"worker {running.worker} stopped" if left else ""
+    return [Recover(running, may_retry=request.losses < MAX_ATTEMPTS, reason=reason)]
 
 
-def _superseded(pool: Pool, request_id: str, attempt: int) -> list[Action]:
+def _superseded(pool: Pool, request_id: str, attempt: int, now_ms: int) -> list[Action]:
     """A scheduler before us opened the next attempt, and was gone before it could give it to a worker."""
     running = pool.running.get(request_id)
-    if running is None or running.yielding or running.request.attempt >= attempt:
-        return []
-    return _lose(pool, running)
+    if running is not None:
+        return _lose(pool, running) if running.request.attempt < attempt and not running.yielding else []
+    for queue in pool.queues.values():
+        waiting = queue.get(request_id)
+        if waiting is not None and waiting.attempt < attempt:
+            queue.remove(request_id)
+            return [_fence(pool, waiting, now_ms)]
+    return []
 
 
-def _lose_boot(pool: Pool, worker: Worker) -> list[Action]:
-    """A worker's process is gone: its leases end, its requests are recovered."""
-    name, boot = worker.status.worker, worker.status.boot
+def _lose_boot(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
+    """A worker's process is gone, as its last `status` may say: its leases end, its requests are recovered."""
+    name, boot = status.worker, status.boot
     actions = training.lose_boot(pool, name, boot)
     for place, lease in list(pool.leases.items()):
         if place[0] == name and lease.boot == boot:
             del pool.leases[place]
+            servers.lose(pool, status, lease, now_ms)
             if lease.epoch is not None:
-                reason = "the worker's process is gone"
+                reason = "the worker stopped" if status.left else "the worker's process is gone"
                 actions.append(
                     LeaseMoved(name, boot, lease.model, lease.epoch, "lost", lease.bytes, reason, lease.device)
                 )
     lost = [running for running in pool.running.values() if (running.worker, running.boot) == (name, boot)]
-    return actions + [action for running in lost for action in _lose(pool, running)]
+    return actions + [action for running in lost for action in _lose(pool, running, left=status.left)]
 
 
 def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> list[Action]:
@@ -478,9 +494,9 @@ def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> li
         return []
     lease.epoch = epoch
     if model not in pool.models:
-        return placement.freed(pool, lease)  # it was removed while the grant was written
+        return lives.freed(pool, lease)  # it was removed while the grant was written
     load = Load(worker, lease.boot, model, epoch, lease.device)
-    return [load, *placement.move(lease, LeaseState.LOADING, now_ms)]
+    return [load, *lives.move(lease, LeaseState.LOADING, now_ms)]
 
 
 def _serve(pool: Pool, now_ms: int) -> list[Action]:
@@ -488,13 +504,13 @@ def _serve(pool: Pool, now_ms: int) -> list[Action]:
     if pool.taking is not Taking.TAKEN:
         return []
     actions = [
-        *wishes.settle(pool, now_ms), *placement.time_out(pool, now_ms), *training.time_out(pool, now_ms),
-        *placement.place(pool, now_ms),
+        *wishes.settle(pool, now_ms), *lives.time_out(pool, now_ms), *training.time_out(pool, now_ms),
+        *servers.unload_strays(pool, now_ms), *placement.place(pool, now_ms),
     ]  # fmt: skip
     for model_id in pool.queues:
         actions += _dispatch(pool, model_id, now_ms)
     for lease in list(pool.leases.values()):
-        actions += placement.release_drained(lease, now_ms)
+        actions += lives.release_drained(lease, now_ms)
     return actions
 
 
@@ -510,7 +526,7 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
         error = f"The provider of the model {model_id!r} fails, and is tried again in a moment: {reason}"
         return _end_all(pool, model_id, Status.FAILED, "provider_error", error, retry_after_s=BROKEN_RETRY_S)
     held = pool.of_model(model_id)
-    if (reason := _failure(held)) is not None and not any(placement.due_again(lease, now_ms) for lease in held):
+    if (reason := _failure(held)) is not None and not any(lives.due_again(lease, now_ms) for lease in held):
         error = f"The model {model_id!r} could not be loaded: {reason}"
         return _end_all(pool, model_id, Status.FAILED, "provider_error", error)
     actions: list[Action] = []
@@ -525,8 +541,8 @@ def _dispatch(pool: Pool, model_id: str, now_ms: int) -> list[Action]:
         lease.used_ms = now_ms
         pool.running[request.id] = Running(request, lease.worker, lease.boot, lease.granted, now_ms)
         actions.append(Assign(request, lease.worker, lease.boot, lease.granted))
-    if queue and (pressing := queue.pressing):
-        actions += yielding.yield_slots(pool, leases, pressing)
+    if leases and queue.pressing:
+        actions += yielding.yield_slots(pool, leases, queue.pressing)
     return actions
 
 
@@ -553,7 +569,7 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
     for name, worker in list(pool.workers.items()):
         if now_ms - worker.seen_ms > WORKER_TIMEOUT_MS:
             del pool.workers[name]
-            actions += _lose_boot(pool, worker)
+            actions += _lose_boot(pool, worker.status, now_ms)
             # Should it come back, what it was told and has not read comes first: it may load a model yet.
             pool.fences[name] = pool.fences.get(name, 0) + 1
     for running in [r for r in pool.running.values() if not _is_there(pool, r)]:
@@ -574,7 +590,10 @@ def _tick(pool: Pool, now_ms: int) -> list[Action]:
         if now_ms - since > EARLY_CANCEL_MS:
             del pool.early_cancels[wish]
     if now_ms - pool.taken_ms > STRAYS_MS:
-        _forget_strays(pool)
+        # No request comes again any more. What still runs keeps its slot until its worker shows it next, and is ended
+        # then: its model must not be unloaded under it.
+        pool.strays.clear()
+        pool.given.clear()
     return actions + _hear(pool) + _serve(pool, now_ms)
 
 
@@ -594,13 +613,16 @@ def _forgive_deaf_time(pool: Pool, now_ms: int) -> None:
 # --- what others may ask ------------------------------------------------------------------------------------------
 
 
-def load_error(pool: Pool, model_id: str) -> str | None:
-    """Why nobody can serve the model now, when every lease on it failed; None while one is active or on its way."""
-    return _failure(pool.of_model(model_id))
+def load_error(pool: Pool, model: Model) -> str | None:
+    """Why nobody can load the model: every lease on it failed, or no device is large enough. None while one is held."""
+    held = pool.of_model(model.id)
+    return _failure(held) if held else placement.too_large(pool, model)
 
 
 def broken_reason(pool: Pool, model: Model) -> str | None:
     """Why nobody can use the model's provider, when its breaker is open on each worker that serves it."""
+    if not any(worker.status.broken for worker in pool.workers.values()):
+        return None  # as nearly always
     serving = [w.status for w in pool.workers.values() if w.usable and model.provider in w.status.providers]
     if not serving or any(model.provider not in status.broken for status in serving):
         return None

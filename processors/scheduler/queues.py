@@ -25,7 +25,7 @@ COMPLETION_WEIGHT = 2.0
 class Queue:
     """Requests that wait for one model, and what its tenants were served."""
 
-    __slots__ = ("_by_id", "_idle_counter", "_lanes", "counters", "weights")
+    __slots__ = ("_by_id", "_idle_counter", "_lanes", "counters", "pressing", "weights")
 
     def __init__(self, weights: dict[str, float]) -> None:
         self.weights = weights
@@ -33,6 +33,8 @@ class Queue:
         self.counters: dict[str, float] = {}
         """Tenant -> service units over its weight."""
         self._lanes: dict[tuple[Priority, str], OrderedDict[str, Request]] = {}
+        self.pressing = 0
+        """Requests that are not batch work."""
         self._by_id: dict[str, Request] = {}
         self._idle_counter = 0.0
         """Counter of the last tenant that left the queue empty."""
@@ -60,12 +62,15 @@ class Queue:
         lane[request.id] = request
         if first:
             lane.move_to_end(request.id, last=False)
+        if request.id not in self._by_id:
+            self.pressing += request.priority is not Priority.BATCH
         self._by_id[request.id] = request
 
     def remove(self, request_id: str) -> Request | None:
         """Take a request out, wherever it waits; None when it does not."""
         request = self._by_id.pop(request_id, None)
         if request is not None:
+            self.pressing -= request.priority is not Priority.BATCH
             place = (request.priority, request.tenant)
             lane = self._lanes[place]
             del lane[request_id]
@@ -100,11 +105,6 @@ class Queue:
         """Count service given to a tenant."""
         self.counters[tenant] = self.counters.get(tenant, 0.0) + units / self.weights.get(tenant, 1.0)
 
-    @property
-    def pressing(self) -> int:
-        """Requests that are not batch work."""
-        return sum(len(lane) for (priority, _), lane in self._lanes.items() if priority is not Priority.BATCH)
-
     def before(self, tenant: str | None, priority: Priority) -> float:
         """About how many of those that wait go before a request that comes now.
 
@@ -124,9 +124,10 @@ class Queue:
 
     def oldest(self, *, batch: bool = True) -> Request | None:
         """The request that has waited longest."""
-        heads = (
-            next(iter(lane.values()))
-            for (priority, _), lane in self._lanes.items()
-            if batch or priority is not Priority.BATCH
-        )
-        return min(heads, key=lambda request: request.waiting_ms, default=None)
+        oldest: Request | None = None
+        for (priority, _), lane in self._lanes.items():
+            if batch or priority is not Priority.BATCH:
+                head = next(iter(lane.values()))
+                if oldest is None or head.waiting_ms < oldest.waiting_ms:
+                    oldest = head
+        return oldest

@@ -16,7 +16,7 @@ from processors.scheduler.fate import Fate, capped, fate
 from processors.scheduler.messages import Recover
 from processors.scheduler.sent import Sent, sent_frames
 from processors.scheduler.tails import Tails
-from processors.scheduler.terminals import terminal_of
+from processors.scheduler.terminals import assigned_at, terminal_of
 from schemas.control import Provider
 from schemas.events import AttemptOpened, ErrorInfo, Routed, Stage, Status
 from topics import frames, request_log
@@ -84,7 +84,8 @@ class Recovery:
                 continue
             attempt, seen = attempts[routed.request_id], sent[routed.request_id]
             decided = fate(action, routed, seen, self._provider_of(routed.model))
-            metrics.ATTEMPTS_LOST.labels(outcome=decided.value).inc()
+            if action.running.worker:  # Else it is not known that anybody had it.
+                metrics.ATTEMPTS_LOST.labels(outcome=decided.value).inc()
             match decided:
                 case Fate.RETRIED | Fate.CONTINUED:
                     again.append(Again(routed.request_id, attempt, seen))
@@ -147,7 +148,8 @@ class Recovery:
             await self._end(action, routed, attempt, Status.CANCELLED, left, sent)
             return
         lost = WorkerLost(
-            "The worker died while it generated this answer; what was sent is all there is. Send the request again."
+            "The worker died or stopped while it generated this answer, which cannot go on elsewhere; what was sent is"
+            " all there is. Send the request again."
         )
         await self._end(action, routed, attempt, Status.FAILED, lost.info(), sent)
 
@@ -157,6 +159,6 @@ class Recovery:
         provider, running = self._provider_of(routed.model), action.running
         terminal = terminal_of(
             routed, attempt, status, error, sent=sent, epoch=running.epoch, worker=running.worker,
-            provider=provider.name if provider is not None else "",
+            provider=provider.name if provider is not None else "", assigned_ms=assigned_at(running),
         )  # fmt: skip
         await self._outcomes.end(terminal)

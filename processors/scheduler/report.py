@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from processors.scheduler import policy, wishes
-from processors.scheduler.state import Lease, LeaseState, Pool
+from processors.scheduler.state import Lease, LeaseState, Pool, Taking
 from schemas.events import ModelState, PoolStatus, Priority
 
 _SHOWN = (
@@ -22,12 +22,13 @@ def pool_status(pool: Pool, name: str, now_ms: int, next_wish: int) -> PoolStatu
     trusted = [worker.status for worker in pool.workers.values() if worker.usable]
     served = {provider for status in trusted for provider in status.providers}
     waits = {model.id: policy.estimated_wait_ms(pool, model) for model in pool.models.values()}
-    errors = {model: policy.load_error(pool, model) for model in pool.models}
+    errors = {model.id: policy.load_error(pool, model) for model in pool.models.values()}
     broken = {model.id: policy.broken_reason(pool, model) for model in pool.models.values()}
     return PoolStatus(
         pool=name,
         term=pool.term,
         at_ms=now_ms,
+        taken=pool.taking is Taking.TAKEN,
         ready_models=sorted({lease.model for lease in pool.leases.values() if lease.state is LeaseState.ACTIVE}),
         servable_models=sorted(model.id for model in pool.models.values() if model.provider in served),
         failed_models={model: error for model, error in errors.items() if error is not None},

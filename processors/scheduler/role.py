@@ -5,29 +5,35 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import msgspec
 import structlog
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from headrace import metrics
+from headrace.attached import followed
 from headrace.errors import Unavailable
 from headrace.redis_client import connect
 from headrace.registry import Registry
 from headrace.settings import Settings
 from processors.scheduler import messages, policy, wishes
+from processors.scheduler.abandoned import ABANDONED, Ingresses
 from processors.scheduler.revoked import REVOKED, is_revoked, name_of
 from processors.scheduler.runner import Held, PoolRunner
-from processors.scheduler.state import Running, Taking
+from processors.scheduler.state import Running, Stray, Taking
 from processors.scheduler.tails import Ended, Tails
 from processors.scheduler.takeover import (
+    GIVEN_MS,
     forgotten,
     oldest_live_ms,
+    read_given,
     read_live,
     read_routed,
-    read_wishes,
+    read_status,
     restored,
     take_term,
 )
@@ -40,6 +46,7 @@ from topics.catalogue import ROUTED, frames_at
 from topics.clients import LogReader, Producer
 from topics.dead_letters import bury
 from topics.outcomes import Outcomes, now_ms
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
@@ -54,6 +61,7 @@ NOT_YET_MS = 2**62
 STATUS_EVERY_S = 1.0
 REVOKED_EVERY_S = 0.5
 """How often the keys of all that is held are asked for, when no change is announced."""
+ABANDONED_EVERY_S = 2.0
 
 _routed = msgspec.json.Decoder(Routed)
 
@@ -69,8 +77,9 @@ class _Asked(NamedTuple):
 class Scheduler:
     """All pools that this process owns."""
 
-    def __init__(self, settings: Settings, producer: Producer, registry: Registry) -> None:
+    def __init__(self, settings: Settings, producer: Producer, registry: Registry, redis: Redis) -> None:
         self._settings = settings
+        self._redis = redis
         self._producer = producer
         self._registry = registry
         self._outcomes = Outcomes(producer, "scheduler", settings.instance)
@@ -84,19 +93,25 @@ class Scheduler:
         """Newest term of each pool, as far as it was read."""
         self.tenure = Tenure(partial(newest_terms, settings.kafka), self._own_terms, now_ms)
         self._seen_version = -1
-        self._revoked: set[str] = set()
-        """Requests that were cancelled because who asked for them was revoked."""
+        self._began_ms = now_ms()
+        self._ended: set[str] = set()
+        """Requests that were cancelled because nobody may, or will, have them."""
+        self._ingresses = Ingresses()
         self.tails = Tails(
             settings.kafka,
             on_terminal=self._on_terminal,
             on_opened=self._on_opened,
             on_cancellation=self._on_cancellation,
             on_heartbeat=self._on_heartbeat,
+            on_ingress=self._ingresses.heard,
+            on_unreadable=self._on_unreadable,
             on_term=self._on_term,
             on_wish=self._on_wish,
         )
         self._wishes: deque[_Asked] = deque()
         """Wishes that are not too old, to whichever pool: it may be taken after they were read."""
+        self._cancellations: deque[Cancellation] = deque()
+        """What callers left that is not too old: who takes a pool must know of those that came before."""
         self._heartbeats: dict[str, WorkerStatus] = {}
         self._seen_ms: dict[tuple[str, str], int] = {}
         """(worker, boot) -> when it last reported."""
@@ -190,13 +205,17 @@ class Scheduler:
             runner.state.term = await take_term(self._producer, name, self._settings.instance)
             self.tenure.sure(asked_ms)
             runner.state.taken_ms = NOT_YET_MS
+            # Which workers there are, what was opened and what ended is known before a request is taken up.
+            await self.tails.caught_up()
             live = await read_live(reader, [runner.partition])
             # What was assigned comes first: workers may be heard from while what waits is read.
             mine = sorted(
                 (request for request in live.requests if request.pool == name), key=lambda one: one.worker == ""
             )
             routed = await read_routed(reader, mine)
-            runner.remember(await read_wishes(reader, name, now_ms()))
+            kept, alive_ms = await read_status(reader, name, now_ms())
+            runner.remember(kept)
+            runner.state.given = await self._given(reader, name, alive_ms or now_ms() - MAX_AGE_MS)
         self._finished |= live.finished
         await self._follow_models(runner)
         self._pools[name] = runner
@@ -210,7 +229,9 @@ class Scheduler:
                 runner.bury_live(request.request_id)
                 continue
             await self._restore(runner, request.worker != "", record, request.routed_offset, restored(request, record))
-        await self.tails.caught_up()
+        for wish in list(self._cancellations):
+            if wish.request_id not in self._finished:
+                await runner.cancel(wish)
         if self._pools.get(name) is not runner or runner.partition not in self._owned:
             self._pools.pop(name, None)
             await runner.stop()
@@ -218,7 +239,7 @@ class Scheduler:
         if self._terms[name] > runner.state.term:
             raise Deposed(name, self._terms[name])
         for status in list(self._heartbeats.values()):
-            if status.pool == name and now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
+            if status.pool == name and (status.left or now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS):
                 await runner.heard(status)
         # From here on a worker that was not heard is missed.
         runner.state.taken_ms = now_ms()
@@ -227,6 +248,12 @@ class Scheduler:
         runner.spawn(runner.end_orphans(self._seen_ms))
         log.info("pool_taken", pool=name, term=runner.state.term, live=len(mine))
         return runner
+
+    async def _given(self, reader: LogReader, pool: str, alive_ms: int) -> dict[tuple[str, int], Stray]:
+        """To whom the scheduler so far, which was last alive at `alive_ms`, gave what of late."""
+        since_ms = alive_ms - GIVEN_MS
+        workers = [one.worker for one in self._heartbeats.values() if one.pool == pool and one.at_ms >= since_ms]
+        return await read_given(reader, workers, since_ms)
 
     async def _then_obey(self, runner: PoolRunner) -> None:
         await runner.taken.wait()
@@ -268,6 +295,7 @@ class Scheduler:
     async def _on_cancellation(self, wish: Cancellation) -> None:
         if wish.request_id in self._finished or now_ms() - wish.at_ms > MAX_AGE_MS:
             return
+        self._cancellations.append(wish)
         for runner in list(self._pools.values()):
             await runner.cancel(wish)
 
@@ -277,8 +305,13 @@ class Scheduler:
         runner = self._pools.get(status.pool)
         if runner is None or runner.state.taking is Taking.WAITING:
             return  # it hears all of them once it knows what lives
-        if now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
+        if status.left or now_ms() - status.at_ms < policy.WORKER_TIMEOUT_MS:
             await runner.heard(status)
+
+    async def _on_unreadable(self, record: Record, reason: str) -> None:
+        """Keep a message of a topic that only schedulers read: one of them does, and not again when it starts anew."""
+        if record.timestamp >= self._began_ms and record.partition % ROUTED.partitions in self._owned:
+            await bury(self._producer, record, reason=reason, role="scheduler")
 
     async def _on_term(self, pool: str, term: int) -> None:
         self._terms[pool] = term
@@ -341,21 +374,46 @@ class Scheduler:
 
     async def _end_revoked(self) -> None:
         """Cancel what is left of keys, users and apps that were revoked, whether its callers wait for it or not."""
-        held = {id_: one.routed for runner in self._pools.values() for id_, one in runner.held.items()}
-        self._revoked &= held.keys()
+        held = self._held()
         names = sorted({name_of(routed) for routed in held.values()})
         try:
             found = dict(zip(names, await self._registry.callers(names), strict=True))
             apps = self._registry.snapshot.apps
+            gone = [routed for routed in held.values() if is_revoked(routed, found, apps)]
+            if gone:  # What we know of apps and their publishers may be older than the request of a new one.
+                apps = (await self._registry.confirmed()).apps
+                gone = [routed for routed in gone if is_revoked(routed, found, apps)]
         except Unavailable:
             return  # What runs goes on while nobody can tell.
-        gone = [r for r in held.values() if r.request_id not in self._revoked and is_revoked(r, found, apps)]
-        self._revoked |= {routed.request_id for routed in gone}
-        wishes = [Cancellation(r.request_id, r.tenant, REVOKED, now_ms(), by=self._settings.instance) for r in gone]
+        await self._end(gone, REVOKED)
+
+    async def end_abandoned(self) -> None:
+        """Watch for ever whose ingress is gone, and end what nobody has come back for."""
+        while True:
+            await asyncio.sleep(ABANDONED_EVERY_S)
+            gone = self._ingresses.abandoned(self._held().values(), now_ms())
+            try:
+                kept = await followed(self._redis, [routed.request_id for routed in gone]) if gone else set()
+            except (RedisError, OSError) as error:
+                log.warning("followers_unknown", requests=len(gone), error=repr(error))
+                continue  # Rather a generation too long than one cut off under a caller that is still there.
+            await self._end([routed for routed in gone if routed.request_id not in kept], ABANDONED)
+
+    def _held(self) -> dict[str, Routed]:
+        """All requests that have no end yet, and were not ended from here."""
+        held = {id_: one.routed for runner in self._pools.values() for id_, one in runner.held.items()}
+        self._ended &= held.keys()
+        return {id_: routed for id_, routed in held.items() if id_ not in self._ended}
+
+    async def _end(self, gone: Sequence[Routed], reason: str) -> None:
+        self._ended |= {routed.request_id for routed in gone}
+        wishes = [Cancellation(r.request_id, r.tenant, reason, now_ms(), by=self._settings.instance) for r in gone]
         await asyncio.gather(*(self._on_cancellation(wish) for wish in wishes))
 
     def _forget(self) -> None:
         now = now_ms()
+        while self._cancellations and now - self._cancellations[0].at_ms > MAX_AGE_MS:
+            self._cancellations.popleft()
         for request_id, at in list(self._finished.items()):
             if now - at > (REMEMBER_IDEMPOTENT_MS if is_idempotent(request_id) else REMEMBER_MS):
                 del self._finished[request_id]
@@ -371,8 +429,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     registry = Registry(client)
     async with Producer(settings.kafka, settings.instance) as producer:
         await registry.start()
-        scheduler = Scheduler(settings, producer, registry)
-        work = scheduler.listen(), scheduler.tick(), scheduler.end_revoked()
+        scheduler = Scheduler(settings, producer, registry, client)
+        work = scheduler.listen(), scheduler.tick(), scheduler.end_revoked(), scheduler.end_abandoned()
         beside = [asyncio.create_task(one) for one in work]
         for task in beside:
             task.add_done_callback(lambda done: None if done.cancelled() else scheduler.agent.fail(_error(done)))

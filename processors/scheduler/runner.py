@@ -18,7 +18,7 @@ from processors.scheduler.recovery import Recovery
 from processors.scheduler.report import pool_status
 from processors.scheduler.sent import Sent
 from processors.scheduler.sizes import Sizes
-from processors.scheduler.state import Pool, Request
+from processors.scheduler.state import Limits, Pool, Request
 from processors.scheduler.tails import Ended, Tails
 from processors.scheduler.terminals import terminal_of
 from schemas.control import Model, Provider
@@ -86,7 +86,8 @@ class PoolRunner:
         self.name = name
         self.partition = ROUTED.partition_of(name)
         """Of `inference.routed`, and the same number of `scheduler.live`."""
-        self.state = Pool(term=-1)
+        limits = Limits(int(settings.max_wait * 1000), settings.residency_loads)
+        self.state = Pool(term=-1, limits=limits)
         self.held: dict[str, Held] = {}
         self.providers: dict[str, Provider] = {}
         """By name, also those that are gone."""
@@ -104,6 +105,9 @@ class PoolRunner:
         self._sizes = Sizes()
         self._next_wish = 0
         """Offset in `pool.commands` of the first wish that is not obeyed yet."""
+        self._lost: list[messages.Recover] = []
+        """What waits for the recovery that runs, if one does."""
+        self._recovering = False
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -126,6 +130,8 @@ class PoolRunner:
         """Take a routed request; the awaitables resolve when its place is durable."""
         self.held[routed.request_id] = Held(routed, offset)
         request = waiting_request(routed, now_ms())
+        request.attempt = self._tails.view.attempts(request.id)
+        request.opened_before = request.attempt > 1
         return await self.post(messages.Arrived(request))
 
     async def cancel(self, wish: Cancellation) -> None:
@@ -206,7 +212,6 @@ class PoolRunner:
 
     async def _carry_out(self, actions: Iterable[Action]) -> list[Awaitable[object]]:
         waits: list[Awaitable[object]] = []
-        lost: list[messages.Recover] = []
         for action in actions:
             match action:
                 case messages.Assign(request, worker, boot, epoch):
@@ -226,7 +231,7 @@ class PoolRunner:
                     command = CancelCommand(self.state.term, request_id, reason, status, attempt)
                     waits.append(await self._command(worker, command))
                 case messages.Recover():
-                    lost.append(action)
+                    self._lost.append(action)
                 case messages.Grant():
                     self.spawn(self._grant(action))
                 case messages.Load():
@@ -237,8 +242,9 @@ class PoolRunner:
                     waits.append(await self._lease(action))
                 case messages.SendTerm(worker, fence):
                     waits.append(await self._command(worker, TermCommand(self.state.term, self.name, fence)))
-        if lost:
-            self.spawn(self._recover(lost))
+        if self._lost and not self._recovering:
+            self._recovering = True
+            self.spawn(self._recover())
         return waits
 
     async def _command(self, worker: str, command: Command) -> Awaitable[object]:
@@ -339,15 +345,21 @@ class PoolRunner:
             key = f"{event.lease_id}/{event.term}"
             await self._producer.send(LEASES.name, msgspec.json.encode(event), key=key)
 
-    async def _recover(self, lost: list[messages.Recover]) -> None:
-        # One whose terminal was read meanwhile is no longer held, and needs nothing.
-        pairs = [
-            (action, held.routed) for action in lost if (held := self.held.get(action.running.request.id)) is not None
-        ]
-        for again in await self._recovery.settle(pairs):
-            if (held := self.held.get(again.request_id)) is not None:
-                held.sent = again.sent
-                await self.feed(messages.AttemptReady(again.request_id, again.attempt, begun=not again.sent.empty))
+    async def _recover(self) -> None:
+        """Settle what is lost, and what is lost meanwhile, all of it at a time: reading costs the same for many."""
+        while self._lost:
+            lost, self._lost = self._lost, []
+            # One whose terminal was read meanwhile is no longer held, and needs nothing.
+            pairs = [
+                (action, held.routed)
+                for action in lost
+                if (held := self.held.get(action.running.request.id)) is not None
+            ]
+            for again in await self._recovery.settle(pairs):
+                if (held := self.held.get(again.request_id)) is not None:
+                    held.sent = again.sent
+                    await self.feed(messages.AttemptReady(again.request_id, again.attempt, begun=not again.sent.empty))
+        self._recovering = False
 
     def _provider_of(self, model_id: str) -> Provider | None:
         model = self.state.models.get(model_id)

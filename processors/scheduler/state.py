@@ -33,6 +33,8 @@ class Request:
     """Since when it waits: its arrival, or when its worker was lost."""
     start_by_ms: int = 0
     """After this nobody cares for a first token; 0 for the deadline."""
+    opened_before: bool = False
+    """Whether the scheduler before opened its attempt."""
 
     @property
     def late_ms(self) -> int:
@@ -75,6 +77,8 @@ class Lease:
     """Requests that its worker shows on it and that we did not give to it."""
     moved_ms: int = 0
     """When it came into its state."""
+    load_took_ms: int = 0
+    """How long its last load took; 0 where that was not seen."""
     used_ms: int = 0
     """When a request was last given to it, or was done on it."""
     error: str = ""
@@ -193,6 +197,24 @@ class Limits:
     """An idle model keeps its memory for at least this many of its load times; 0 bore the most load in simulation."""
 
 
+@dataclass(frozen=True, slots=True)
+class Strayed:
+    """A model that lies in a server under no lease."""
+
+    since_ms: int
+    """When it was seen first, or when the server was last asked to unload it."""
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """What a worker that is gone had in a server, or was loading there, and nobody else has seen there yet."""
+
+    bytes: int
+    until_ms: int
+    """When somebody must have seen it, if it is there."""
+
+
 class Taking(StrEnum):
     """How far a scheduler is with taking a pool. Until it has, nothing is assigned, loaded or unloaded.
 
@@ -219,6 +241,8 @@ class Pool:
     """When this scheduler took the pool."""
     strays: dict[tuple[str, int], Stray] = field(default_factory=dict)
     """(request, attempt) -> where it runs, of requests that did not come again yet since the pool was taken."""
+    given: dict[tuple[str, int], Stray] = field(default_factory=dict)
+    """(request, attempt) -> to whom the scheduler before gave it of late, whether it came to write that down or not."""
     ticked_ms: int = 0
     """When it was last told the time."""
     models: dict[str, Model] = field(default_factory=dict)
@@ -241,6 +265,8 @@ class Pool:
     """Cancellations that overtook their request: (tenant, id) -> (when, reason)."""
     service_ms: dict[str, float] = field(default_factory=dict)
     """Moving mean of a request's time on a worker, by model; for estimates of waiting."""
+    ready_ms: dict[str, int] = field(default_factory=dict)
+    """Model -> when it was last seen to be loaded: since then its queue waits for it, however long its requests do."""
     demand: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Model -> (arrivals of late, halving every minute; when that was)."""
     wanted: dict[str, int] = field(default_factory=dict)
@@ -251,6 +277,10 @@ class Pool:
     """Training jobs that want memory, by id, in the order in which they asked."""
     trainers: dict[tuple[str, str], TrainingLease] = field(default_factory=dict)
     """By (worker, job)."""
+    unseen: dict[tuple[str, str], Unseen] = field(default_factory=dict)
+    """(device, model) -> what may lie in a server though no worker shows it."""
+    strayed: dict[tuple[str, str], Strayed] = field(default_factory=dict)
+    """(device, model) that a server holds and nobody has a lease on."""
     released: dict[tuple[str, str], int] = field(default_factory=dict)
     """(worker, model) -> epoch of a lease whose bytes are free by an operator's word."""
 
@@ -269,6 +299,10 @@ class Pool:
     def of_model(self, model: str) -> list[Lease]:
         """All leases on a model."""
         return [lease for (_, held), lease in self.leases.items() if held == model]
+
+    def at_hand(self, model: Model) -> bool:
+        """Whether a model is to be held though nobody waits for it."""
+        return model.pinned or model.id in self.wanted or (model.preload and model.id not in self.parked)
 
     def blocked(self, lease: Lease) -> bool:
         """Whether the breaker of its model's provider is open on its worker."""

@@ -11,9 +11,9 @@ from aiokafka import TopicPartition
 
 from headrace.errors import DeadlineExceeded
 from processors.scheduler.runner import waiting_request
-from processors.scheduler.state import Running
+from processors.scheduler.state import Running, Stray
 from schemas.events import LiveRequest, PoolStatus, PoolTerm, PoolWishes, Routed, Status, Terminal, Timings
-from topics.catalogue import LIVE, POOL_STATUS, POOL_TERMS, ROUTED
+from topics.catalogue import LIVE, POOL_STATUS, POOL_TERMS, ROUTED, worker_commands
 from topics.clients import LogReader, Producer
 from topics.cluster import Cluster
 from topics.outcomes import now_ms
@@ -25,8 +25,28 @@ _live = msgspec.json.Decoder(LiveRequest)
 _routed = msgspec.json.Decoder(Routed)
 _status = msgspec.json.Decoder(PoolStatus)
 
-WISHES_KEPT_MS = 300_000
+
+class _Named(msgspec.Struct):
+    request_id: str
+
+
+class _Command(msgspec.Struct):
+    """Of a command to a worker, to whom it gives what."""
+
+    type: str = ""
+    boot: str = ""
+    attempt: int = 0
+    epoch: int = 0
+    request: _Named | None = None
+
+
+_command = msgspec.json.Decoder(_Command)
+
+STATUS_KEPT_MS = 300_000
 """What operators asked is forgotten when a pool had no scheduler for longer."""
+GIVEN_MS = 30_000
+"""A scheduler writes down to whom it gave a request at the same time as it tells the worker. This long before its last
+sign of life it is sure to have done so."""
 
 
 @dataclass(slots=True)
@@ -90,22 +110,44 @@ async def read_routed(reader: LogReader, live: list[LiveRequest]) -> dict[str, R
         if request.routed_offset < oldest:
             continue
         reader.consumer.seek(tp, request.routed_offset)
-        record = await reader.consumer.getone(tp)
-        found[request.request_id] = _routed.decode(record.value or b"")
+        for record in (await reader.more([tp], max_records=1)).get(tp, ()):
+            if record.offset == request.routed_offset:  # Retention may take it while we read.
+                found[request.request_id] = _routed.decode(record.value or b"")
     return found
 
 
-async def read_wishes(reader: LogReader, pool: str, now_ms: int) -> PoolWishes:
-    """What operators asked of a pool, by the last status of its scheduler so far."""
+async def read_status(reader: LogReader, pool: str, now_ms: int) -> tuple[PoolWishes, int | None]:
+    """What operators asked of a pool, by its last status, and when a scheduler that had taken it was last alive."""
     assignment = reader.assign([POOL_STATUS])
-    await reader.seek_to_time(assignment, now_ms - WISHES_KEPT_MS)
+    await reader.seek_to_time(assignment, now_ms - STATUS_KEPT_MS)
     last: PoolStatus | None = None
+    alive_ms = None
     async for record in reader.read_to_end(assignment):
         if record.key == pool.encode() and record.value is not None:
             status = _status.decode(record.value)
             if last is None or status.term >= last.term:
                 last = status
-    return last.wishes if last is not None else PoolWishes()
+            if status.taken:
+                alive_ms = max(status.at_ms, alive_ms or 0)
+    return (last.wishes if last is not None else PoolWishes()), alive_ms
+
+
+async def read_given(reader: LogReader, workers: Iterable[str], since_ms: int) -> dict[tuple[str, int], Stray]:
+    """(request, attempt) -> the worker that was told to run it, by all commands since a time (Unix ms)."""
+    given: dict[tuple[str, int], Stray] = {}
+    names = {worker_commands(worker).name: worker for worker in workers}
+    if names:
+        assignment = reader.assign([worker_commands(worker) for worker in names.values()])
+        await reader.seek_to_time(assignment, since_ms)
+        async for record in reader.read_to_end(assignment):
+            try:
+                command = _command.decode(record.value or b"{}")
+            except msgspec.MsgspecError:
+                continue  # its worker buries it
+            if command.type == "generate" and command.request is not None:
+                at = Stray(names[record.topic], command.boot, command.epoch)
+                given[command.request.request_id, command.attempt] = at
+    return given
 
 
 async def oldest_live_ms(cluster: Cluster) -> int | None:

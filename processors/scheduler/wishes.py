@@ -8,8 +8,8 @@ worker no longer shows it.
 
 from __future__ import annotations
 
+from processors.scheduler.lives import RELOAD_AFTER_MS, drain
 from processors.scheduler.messages import Action, LeaseMoved, LoadAsked, ReleaseAsked, UnloadAsked, Wish
-from processors.scheduler.placement import RELOAD_AFTER_MS, drain
 from processors.scheduler.state import Lease, LeaseState, Pool
 from schemas.events import PoolCommand, PoolCommandKind, PoolWishes, ReleasedLease
 

@@ -34,7 +34,7 @@ class Batch:
         self.bytes = 0
         self.first_s: float | None = None
         self._last_flush_s = last_flush_s
-        self._next: dict[TopicPartition, int] = {}
+        self._next: dict[tuple[str, int], int] = {}
 
     def __len__(self) -> int:
         return len(self.items) + len(self.unreadable)
@@ -54,7 +54,7 @@ class Batch:
             except Unreadable as error:
                 self.unreadable.append((record, str(error)))
             self.bytes += len(record.value or b"")
-            self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
+            self._next[record.topic, record.partition] = record.offset + 1
 
     def due_in(self, now: float) -> float | None:
         """Seconds until the batch is to be written, 0 when it is due, None while it is empty."""
@@ -67,7 +67,7 @@ class Batch:
 
     def offsets(self) -> dict[TopicPartition, int]:
         """The next offset of each partition, to be committed once all rows are durable."""
-        return dict(self._next)
+        return {TopicPartition(*place): offset for place, offset in self._next.items()}
 
     def oldest_ms(self) -> int | None:
         """Unix ms of the oldest record."""

@@ -180,7 +180,8 @@ class Sink:
         for record, reason in [*batch.unreadable, *((item.source, why) for item, why in outcome.refused)]:
             metrics.SINK_REFUSED.labels(topic=record.topic).inc()
             await bury(self._producer, record, reason=reason, role=ROLE)
-        await self._commit(batch.offsets())
+        read = batch.offsets()
+        await self._commit(read)
         for view, rows in outcome.written.items():
             metrics.SINK_ROWS.labels(table=view).inc(rows)
         metrics.SINK_VOID.inc(outcome.void)
@@ -190,7 +191,7 @@ class Sink:
         for partition in self._consumer.assignment():
             last = self._consumer.highwater(partition)
             if last is not None:
-                lag = max(0, last - batch.offsets().get(partition, last))
+                lag = max(0, last - read.get(partition, last))
                 metrics.SINK_LAG.labels(topic=partition.topic, partition=str(partition.partition)).set(lag)
         log.debug("sink_batch", rows=outcome.written, void=outcome.void, bytes=batch.bytes)
 

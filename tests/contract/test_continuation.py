@@ -10,7 +10,7 @@ import pytest
 
 from bench.gateway.spec import Spec
 from bench.gateway.tally import Stats
-from headrace.errors import ProviderRefused
+from headrace.errors import ProviderError, ProviderRefused
 from processors.generation.attempt import Attempt
 from processors.generation.bodies import Bodies
 from processors.generation.frames_out import FrameWriter
@@ -27,6 +27,7 @@ from topics import frames
 from topics.cluster import Cluster
 from topics.outcomes import Outcomes
 
+Pieces = AsyncIterator[list[Piece]]
 TOKENS = 40
 ASK = [
     {"role": "system", "content": "You answer in a few sentences."},
@@ -104,11 +105,14 @@ async def test_a_server_is_asked_to_go_on_in_its_own_way(upstream_url: str, how:
 # --- a whole attempt ----------------------------------------------------------------------------------------------
 
 
-async def attempted(backend: Backend, emitted: str, tokens: int, *, small: bool = False, **fields: object) -> Recorder:
+async def attempted(
+    backend: Backend, emitted: str, tokens: int, *, small: bool = False, another_engine: bool = False, **fields: object
+) -> Recorder:
     """What attempt 2 writes that goes on from `emitted`, whose frames ended at seq 30."""
     asked = msgspec.Raw(msgspec.json.encode({"messages": ASK, "temperature": 0.0, **fields}))
     routed = Routed(
-        "0" * 32, "t", "k", "m", "m", "default", 0, BodyRef(0, 0), asked, stream=True, prompt_tokens_estimate=9
+        "0" * 32, "t", "k", "m", "m", "default", 0, BodyRef(0, 0), asked, stream=True, prompt_tokens_estimate=9,
+        continuable=True,
     )  # fmt: skip
     command = GenerateCommand(
         1, "b", 2, 3, 0, routed, after_seq=30, emitted=emitted, tokens=tokens, first_token_ms=1_000
@@ -121,7 +125,7 @@ async def attempted(backend: Backend, emitted: str, tokens: int, *, small: bool 
         raise error
 
     async def engine_again() -> bool:
-        return False
+        return another_engine
 
     attempt = Attempt(
         command, model, provider, worker="w", writer=FrameWriter(recorder, fail),
@@ -151,6 +155,35 @@ async def test_an_attempt_that_goes_on_tells_the_rest_and_ends_with_the_whole(ba
     assert terminal.usage.prompt_tokens == usage.prompt_tokens
     assert terminal.usage.completion_tokens == usage.completion_tokens
     assert terminal.timings.first_token_ms == terminal.timings.started_ms == 1_000
+
+
+@pytest.mark.parametrize("cut", [1, 9])
+async def test_an_answer_whose_engine_dies_goes_on_on_the_next_one(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
+    whole = await generated(backend, max_tokens=TOKENS)
+    said, (reason, usage) = texts(whole), ending(whole)
+    generate = backend.provider.generate
+
+    async def dying(model: Model, body: dict[str, object], *, emitted: str = "", adapter: str = "") -> Pieces:
+        given = 0
+        async for batch in generate(model, body, emitted=emitted, adapter=adapter):
+            for piece in batch:
+                if not emitted and given == cut:
+                    raise ProviderError("The engine died.")
+                given += 1
+                yield [piece]
+
+    monkeypatch.setattr(backend.provider, "generate", dying)
+    wrote = await attempted(backend, "", 0, another_engine=True, max_tokens=TOKENS)
+    told, terminal = wrote.told(), wrote.terminal()
+    assert [delta.seq for delta in told] == list(range(31, 31 + len(told))), "one stream, without a gap"
+    assert "".join(delta.data for delta in told if delta.kind == frames.Kind.TEXT) == "".join(said)
+    assert (terminal.status, content(terminal)) == (Status.COMPLETED, ("".join(said), reason))
+    assert terminal.usage.prompt_tokens == usage.prompt_tokens, "the prompt is billed once"
+    assert terminal.usage.completion_tokens == usage.completion_tokens
+    only = (await attempted(backend, "", 0, another_engine=False, max_tokens=TOKENS)).terminal()
+    assert only.status is Status.FAILED and content(only)[0] == "".join(said[:cut]), "what was sent is all there is"
 
 
 async def test_letters_of_several_tokens_are_counted_whole(backend: Backend) -> None:

@@ -57,14 +57,23 @@ class Family:
         )
 
 
+def no_orphan_comes() -> None:
+    """What is left behind goes to whoever takes it here, and not to this process, which would not bury it."""
+    code = "import subprocess; print(subprocess.Popen(('sleep', '1'), stdout=subprocess.DEVNULL).pid)"
+    orphan = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert orphan not in [child.pid for child in psutil.Process().children()]
+
+
 @pytest.fixture
 async def family(tmp_path: Path) -> AsyncIterator[Family]:
+    before = psutil.Process().children()
     made = Family(tmp_path)
     made.supervisor.open()
     await made.supervisor.open_nursery()
     yield made
     await made.supervisor.close()
-    assert not [child for child in psutil.Process().children() if "forking" in " ".join(child.cmdline())]
+    assert psutil.Process().children() == before, "no child is left, and no zombie"
+    no_orphan_comes()
 
 
 async def test_a_child_is_the_supervisors_with_a_session_environment_and_title_of_its_own(family: Family) -> None:

@@ -133,6 +133,26 @@ async def test_a_change_that_was_not_announced_is_seen_by_the_poll(
     await until(lambda: registry.snapshot.resolve("big") == BIG, within=2)
 
 
+async def test_what_is_confirmed_is_as_redis_has_it(registry: Registry, projection: Projection) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    await registry.stop()  # from here on it follows nothing by itself
+    await put_model(projection, BIG, 1)
+    assert registry.snapshot.resolve("big") is None
+    assert (await registry.confirmed()).resolve("big") == registry.snapshot.resolve("big") == BIG
+
+
+async def test_what_cannot_be_confirmed_is_a_doubt(valkey: Valkey, registry: Registry, projection: Projection) -> None:
+    await fill(projection)
+    await registry.wait_complete(2)
+    valkey.kill()
+    try:
+        with pytest.raises(Unavailable):
+            await registry.confirmed()
+    finally:
+        valkey.start()
+
+
 async def test_a_new_key_works_at_once_after_it_was_unknown(registry: Registry, projection: Projection) -> None:
     await fill(projection, keys=())
     await registry.wait_complete(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -26,6 +27,7 @@ from topics.outcomes import Outcomes
 RID = "0" * 32
 TOKENS = 40
 TERM, EPOCH = 1, 3
+BODY = msgspec.json.encode(body(Spec(tokens=TOKENS, interval_ms=20)))
 
 
 @pytest.fixture
@@ -33,8 +35,25 @@ def recorder() -> Recorder:
     return Recorder()
 
 
+class SlowBodies(Bodies):
+    """Bodies that lie in Kafka, and take until `come` to read."""
+
+    def __init__(self) -> None:
+        super().__init__(Cluster("nowhere"))
+        self.come = asyncio.Event()
+
+    async def fetch(self, ref: BodyRef, *, timeout_s: float = 20.0) -> bytes:
+        await self.come.wait()
+        return BODY
+
+
 @pytest.fixture
-async def worker(upstream_url: str, recorder: Recorder) -> AsyncIterator[Worker]:
+def bodies() -> SlowBodies:
+    return SlowBodies()
+
+
+@pytest.fixture
+async def worker(upstream_url: str, recorder: Recorder, bodies: SlowBodies) -> AsyncIterator[Worker]:
     """A worker that holds a model of the numbered upstream."""
 
     def fail(error: BaseException) -> None:
@@ -42,7 +61,7 @@ async def worker(upstream_url: str, recorder: Recorder) -> AsyncIterator[Worker]
 
     made = Worker(
         "w", "default", "boot", make_provider, Memory(Settings()), FrameWriter(recorder, fail),
-        Outcomes(recorder, "worker", "w"), Bodies(Cluster("nowhere")), fail,
+        Outcomes(recorder, "worker", "w"), bodies, fail,
     )  # fmt: skip
     provider = Provider("p", "openai", upstream_url, options={"continues": "prefill"})
     await made.obey(LoadCommand(TERM, "boot", EPOCH, Model("m", "p", "bench"), provider))
@@ -51,8 +70,9 @@ async def worker(upstream_url: str, recorder: Recorder) -> AsyncIterator[Worker]
     await made.drain(5)
 
 
-def command(attempt: int, emitted: str = "") -> GenerateCommand:
-    asked = msgspec.Raw(msgspec.json.encode(body(Spec(tokens=TOKENS, interval_ms=20))))
+def command(attempt: int, emitted: str = "", *, inline: bool = True) -> GenerateCommand:
+    """To generate; the body lies in Kafka unless it is `inline`."""
+    asked = msgspec.Raw(BODY if inline else b"")
     routed = Routed(RID, "t", "k", "m", "m", "default", 0, BodyRef(0, 0), asked, stream=True)
     said = len(numbers(emitted))
     return GenerateCommand(TERM, "boot", attempt, EPOCH, 0, routed, after_seq=said, emitted=emitted, tokens=said)
@@ -94,6 +114,41 @@ async def test_a_cancel_that_names_no_attempt_ends_what_runs(worker: Worker, rec
     assert 2 < terminal.usage.completion_tokens < TOKENS
     [choice] = msgspec.json.decode(terminal.choices)
     assert numbers(choice["message"]["content"]) == list(range(terminal.usage.completion_tokens))
+
+
+async def test_a_cancel_while_the_body_is_read_is_not_missed(
+    worker: Worker, recorder: Recorder, bodies: SlowBodies
+) -> None:
+    await worker.obey(command(1, inline=False))
+    await until(lambda: running(worker), "it reads its body")
+    await worker.obey(CancelCommand(TERM, RID, "left"))
+    bodies.come.set()
+    await until(lambda: not running(worker), "it has ended")
+    terminal = recorder.terminal()
+    assert (terminal.status, terminal.usage.completion_tokens) == (Status.CANCELLED, 0)
+    assert not [one for one in recorder.told() if one.kind == Kind.TEXT]
+
+
+async def test_a_worker_that_leaves_leaves_its_answers_to_others(worker: Worker, recorder: Recorder) -> None:
+    await worker.obey(command(1))
+    await until(lambda: len(recorder.told()) > 4, "the answer has begun")
+    worker.begin_stop()
+    assert (worker.status().stopping, worker.status().left) == (True, False)
+    await worker.drain(0.1)
+    assert not worker.status().running and not worker.status().left, "its role says so when it obeys nobody any more"
+    await worker.obey(command(2, "".join(one.data for one in recorder.told())))
+    assert not worker.status().running, "what comes now is for others too"
+    assert not recorder.terminals(), "whoever goes on ends it"
+    told = [one for one in recorder.told() if one.kind == Kind.TEXT]
+    assert numbers("".join(one.data for one in told)) == list(range(len(told))), "all that was generated was written"
+    assert len(told) < TOKENS
+
+
+async def test_a_worker_lets_its_answers_end_before_it_leaves(worker: Worker, recorder: Recorder) -> None:
+    await worker.obey(command(1))
+    await until(lambda: len(recorder.told()) > 4, "the answer has begun")
+    await worker.drain(10)
+    assert recorder.terminal().status is Status.COMPLETED
 
 
 async def test_a_worker_shows_the_newest_fence_of_its_term(worker: Worker) -> None:

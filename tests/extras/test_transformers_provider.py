@@ -123,6 +123,7 @@ async def test_an_engine_that_does_not_come_back_from_a_step_is_not_vouched_for(
         loading.load, str(folder), context=256, slots=1, device="cpu", dtype="float32", chat_template=""
     )
     app = App(loaded, alias="m", api_key="k", context=256, slots=1, budget=64, step_s=1.0)
+    app.engine.start()
     scores, gone = loaded.scores, threading.Event()
 
     def stand(*args: Any) -> Any:
@@ -130,7 +131,6 @@ async def test_an_engine_that_does_not_come_back_from_a_step_is_not_vouched_for(
         return scores(*args)
 
     loaded.scores = stand  # type: ignore[method-assign]
-    app.engine.start()
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(
         transport=transport, base_url="http://m", headers={"authorization": "Bearer k"}

@@ -1,6 +1,6 @@
-"""The engine of a real model dies, or hangs without dying, under load: each caller is told its end, and once.
+"""The engine of a real model dies, or hangs without dying, under load: each answer goes on with its successor.
 
-Its model comes back in the same worker, under the same lease, while the other models there go on.
+The model comes back in the same worker, under the same lease, while the other models there go on.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from topics import request_log
 from topics.catalogue import LOG, WORKER_STATUS
 
 IDLE_S = 3.0
-SLACK_S = 5.0
-"""2 s of it are for an engine to count the prompt, which one that hangs does not."""
 CROWD = 8
 """Twice as many as the engine has slots."""
 BUSY_S = 2.0
@@ -144,7 +142,10 @@ async def accounted(stack: Stack, seen: Sequence[Seen], since: dict[int, int]) -
         assert int(str(row["completion_tokens"])) == terminal.usage.completion_tokens
         assert (terminal.usage.completion_tokens > 0) == bool(one.text)
     assert (await settled(stack))["in_flight"] == 0
-    return Counter("answered" if one.done else "cut" if one.text else "failed" for one in seen)
+    how = Counter("answered" if one.done else "cut" if one.text else "failed" for one in seen)
+    # Only what two engines generated is counted here, and not reported by one of them.
+    how["went_on"] = sum(terminals[0].usage.estimated for terminals in ended.values())
+    return how
 
 
 @pytest.mark.timeout(900)
@@ -167,12 +168,12 @@ async def test_a_killed_engine(real: Stack, moments: int, seed: int, note: Note)
             assert after.status_code == 200, after.text
             seen = await asyncio.gather(*asked)
             how = await accounted(real, seen, since)
-            assert not how["failed"] and how["cut"] <= CROWD // 2, "only what had begun is lost"
+            assert how["answered"] == CROWD, "what had begun goes on, what had not begins anew"
             assert await lease(real, "victim") == before, "the lease is the same"
             await engine_of(real, "victim")
             total += how
             note(part="engine killed", at_s=round(at_s, 3), again_s=round(answered_s, 2), **how)
-    assert total["cut"] and total["answered"], "the kills were in the middle of answers"
+    assert total["went_on"], "the kills were in the middle of answers"
 
 
 @pytest.mark.timeout(1800)
@@ -200,17 +201,13 @@ async def _hangs(real: Stack, api: Api, chance: random.Random, note: Note, *, wa
         await asyncio.sleep(IDLE_S * 0.5)
         engine.resume()
     seen = await asyncio.gather(*asked)
-    told_s = max((one.ended_s - began for one in seen if not one.done), default=0.0)
     how = await accounted(real, seen, since)
     after = await api.ask(body("Hi.", model="victim", max_tokens=3))
     assert after.status_code == 200, after.text
     assert await lease(real, "victim") == before, "the lease is the same"
     successor = await engine_of(real, "victim")
     name = f"engine hangs {'for a while' if wakes else 'for ever'}"
-    note(part=name, at_s=round(at_s, 3), told_s=round(told_s, 1), **how)
-    assert (successor.pid == engine.pid) is wakes
-    if wakes:
-        assert how["answered"] == CROWD, "one that is only slow is not killed"
-    else:
-        assert how["cut"] and how["answered"] == CROWD - how["cut"] and not engine.is_running()
-        assert told_s < IDLE_S + SLACK_S, "who was in the middle is told so"
+    note(part=name, at_s=round(at_s, 3), all_answered_s=round(max(one.ended_s for one in seen) - began, 1), **how)
+    assert how["answered"] == CROWD
+    assert (successor.pid == engine.pid) is wakes, "one that is only slow is not killed"
+    assert bool(how["went_on"]) is not wakes and engine.is_running() is wakes

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 
+import httpx
 import msgspec
 import psutil
 import pytest
@@ -26,6 +27,8 @@ from topics.catalogue import LOG, REPLIES
 from topics.clients import Producer
 
 CROWD = 20
+OUTAGE_S = 40.0
+"""Producers wait 15 s for an acknowledgement."""
 
 
 async def recovered(stack: Stack, within_s: float = 60) -> float:
@@ -65,6 +68,36 @@ async def test_the_broker_is_away_for_a_while_and_comes_back(victim: Stack, seed
         told_exactly(one)
     await accounted(victim, found, again=True)
     note(part="kafka killed", recovered_after_s=recovered_s, exact=sum(one.done for one in found), callers=CROWD)
+
+
+@pytest.mark.timeout(300)
+async def test_the_broker_is_away_for_longer_than_writes_wait(victim: Stack, seed: int, note: Note) -> None:
+    """Roles end themselves, since they do not know what of their writes is durable, and are started again."""
+    await victim.ready()
+    async with Crowd(victim, CROWD, random.Random(f"{seed}-outage"), patience_s=OUTAGE_S + 90) as crowd:
+        await asyncio.sleep(1.5)
+        victim.signal("kafka", signal.SIGSTOP)
+        try:
+            async with Api(victim) as api:
+                away = time.monotonic()
+                while time.monotonic() - away < OUTAGE_S:
+                    try:
+                        answer = await api.ask(body(Spec(tokens=1, interval_ms=1)))
+                    except httpx.TransportError:
+                        await asyncio.sleep(0.5)  # the ingress is being started again
+                        continue
+                    assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1, answer.text
+        finally:
+            victim.signal("kafka", signal.SIGCONT)
+        recovered_s = await recovered(victim)
+        found = await crowd.outcomes()
+    for one in found:
+        told_exactly(one)
+    again = await accounted(victim, found, again=True)
+    note(
+        part=f"kafka paused for {OUTAGE_S:g} s", recovered_after_s=recovered_s, exact=sum(one.done for one in found),
+        callers=CROWD, continued=again,
+    )  # fmt: skip
 
 
 @pytest.mark.timeout(200)
@@ -126,6 +159,7 @@ async def test_a_worker_that_wakes_up_from_the_dead_says_nothing_more(victim: St
     before = await asyncio.to_thread(attempts_lost, victim)
     async with Crowd(victim, CROWD, random.Random(f"{seed}-zombie")) as crowd:
         await asyncio.sleep(1.2)
+        await until(lambda: victim.have_begun(crowd.names), "every answer has begun, and can be gone on with", 10)
         victim.signal("worker-1", signal.SIGSTOP)
         try:
 

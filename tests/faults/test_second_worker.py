@@ -9,14 +9,21 @@ import asyncio
 import signal
 from collections import Counter
 
+import msgspec
 import pytest
 
 from bench.gateway.spec import Spec
+from processors.scheduler.runner import read_leases
+from processors.scheduler.tenure import newest_terms
+from schemas.events import GenerateCommand, Routed
 from tests.faults.conftest import Note
 from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, Seen, body, fresh
 from tests.support.stacks import Stack
 from tests.support.waiting import until
+from topics.catalogue import ROUTED, worker_commands
+from topics.clients import LogReader, Producer
+from topics.outcomes import now_ms
 
 CROWD = 10
 TOKENS = 5
@@ -81,3 +88,58 @@ async def again(stack: Stack, specs: list[Spec]) -> bool:
     """Whether half of the requests came to the upstream a second time."""
     seen = await stack.all_seen()
     return sum(seen[spec.id].requests == 2 for spec in specs) == CROWD // 2
+
+
+@pytest.mark.timeout(200)
+async def test_what_a_silent_worker_was_just_given_is_fenced_before_the_other_one_gets_it(
+    pair: Stack, note: Note
+) -> None:
+    """Its scheduler was killed before it wrote down that it had given it, and nobody else knows."""
+    await pair.ready()
+    spec = Spec(tokens=TOKENS, interval_ms=1, ttft_ms=8_000, id=fresh("hidden"))
+    async with Api(pair) as api:
+        await both_hold_the_model(pair, api)
+        await settled(pair)
+        pair.signal("worker-1", signal.SIGSTOP)
+        try:
+            pair.signal("scheduler-1", signal.SIGSTOP)
+            asked = asyncio.create_task(api.stream(body(spec)))
+            command = await given(pair, await until(lambda: routed(pair, spec.id), "it is routed", 10))
+            async with Producer(pair.settings.kafka, "hidden") as producer:
+                await producer.send(worker_commands(LOST).name, msgspec.json.encode(command), partition=0)
+            await pair.killed("scheduler-1")
+
+            async def tries(wanted: int) -> bool:
+                return (await pair.seen(spec.id)).requests == wanted
+
+            await until(lambda: tries(1), "the other worker begins", 30)
+        finally:
+            pair.signal("worker-1", signal.SIGCONT)
+        await until(lambda: tries(2), "the silent one does what it was told", 8)
+        seen = await asked
+    assert seen.done and seen.tokens == list(range(TOKENS)), (seen.error, seen.tokens)
+    assert await usage(pair, [seen]) == {seen.request_id: (LEFT, 2, TOKENS)}
+    await settled(pair)
+    note(part="given, and not written down")
+
+
+async def routed(stack: Stack, name: str) -> Routed | None:
+    """The routed record of the request to the upstream that has this name."""
+    async with LogReader(stack.settings.kafka, "test") as reader:
+        assignment = reader.assign([ROUTED])
+        await reader.consumer.seek_to_beginning(*assignment)
+        found = [
+            msgspec.json.decode(record.value or b"", type=Routed)
+            async for record in reader.read_to_end(assignment)
+            if name.encode() in (record.value or b"")
+        ]
+    return found[0] if found else None
+
+
+async def given(stack: Stack, request: Routed) -> GenerateCommand:
+    """What a scheduler says when it gives a request to the first worker."""
+    terms = await newest_terms(stack.settings.kafka)
+    async with LogReader(stack.settings.kafka, "test") as reader:
+        held = [one for one in (await read_leases(reader)).held() if (one.worker, one.model) == (LOST, request.model)]
+    [lease] = held
+    return GenerateCommand(terms[request.pool], lease.boot, 1, lease.epoch, now_ms(), request)

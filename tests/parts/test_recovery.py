@@ -90,6 +90,8 @@ async def lost(infra: Settings) -> AsyncIterator[Lost]:
         on_opened=nothing,
         on_cancellation=nothing,
         on_heartbeat=nothing,
+        on_ingress=lambda status: None,
+        on_unreadable=nothing,
         on_term=nothing,
         on_wish=nothing,
     )

@@ -134,6 +134,20 @@ async def test_each_model_lies_on_the_gpu_that_it_was_granted(cards: Cards) -> N
     assert len(after) == 2 and after["cedar"].bytes == TAKES
 
 
+@pytest.mark.timeout(60)
+async def test_how_busy_each_gpu_is_is_shown(cards: Cards) -> None:
+    cards.nvml.gpus[0].busy, cards.nvml.gpus[1].busy = 40, None
+    cards.nvml.save()
+
+    async def shown() -> bool:
+        answer = await cards.api.get("/admin/workers")
+        (worker,) = WorkerViews.model_validate_json(answer.content).data
+        return {device.utilisation for device in worker.devices} == {0.4, None}
+
+    await until(shown, "one computes, of the other the driver tells nothing", 15)
+    assert "40% busy" in " ".join((await asyncio.to_thread(cards.stack.run, "workers")).stdout.split())
+
+
 @pytest.mark.timeout(120)
 async def test_memory_that_outlives_its_process_is_granted_when_it_is_gone(cards: Cards) -> None:
     *held, missing = await cards.filled()

@@ -11,38 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
-import psutil
 import pytest
 
 from headrace.control_client import command, control_client
-from processors.generation.providers.llama_cpp import LlamaCpp
-from schemas.control import App, Key, Model
+from schemas.control import App, Key
 from tests.support.chat import Api
-from tests.support.engines import engines
 from tests.support.fairness import Served, bound, widest
+from tests.support.shared_memory import CONFIG, FIT, MODELS, SLOTS, expected, watched
 from tests.support.stacks import Stack, running_stack
 from tests.support.waiting import until
 
-MODELS = ("ash", "birch", "cedar")
-TAG, CONTEXT, SLOTS = "SmolLM2-135M-Instruct", 512, 2
 SECONDS = 60.0
 CALLERS = {"greedy": 6, "modest": 2, "quiet": 1}
 """Tenant -> callers, each of whom asks again when it has its answer."""
 LOADS_A_MINUTE = 30
 """Most switches: a model comes when a queue waits for it, and those who wait for it are served together."""
 MIB = 1024 * 1024
-CONFIG = "".join(
-    f"""
-[[models]]
-id = "{name}"
-provider = "local"
-backend_tag = "{TAG}"
-context_length = {CONTEXT}
-max_concurrency = {SLOTS}
-preload = false
-"""
-    for name in MODELS
-)
 
 
 @dataclass
@@ -60,28 +44,15 @@ class Book:
 
 @pytest.fixture(scope="module")
 def need() -> int:
-    """Bytes that one of the models is expected to take."""
-    model = Model("one", "local", TAG, context_length=CONTEXT, max_concurrency=SLOTS)
-    return asyncio.run(LlamaCpp("local").inspect(model)).bytes
+    return expected()
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, upstream_url: str, need: int) -> Iterator[Stack]:
-    env = {"HEADRACE_WORKER_MEMORY": str(int(2.5 * need))}
+    env = {"HEADRACE_WORKER_MEMORY": str(int(FIT * need))}
     directory = tmp_path_factory.mktemp("small")
     with running_stack(directory, upstream_url, models=CONFIG, env=env) as made:
         yield made
-
-
-def held(stack: Stack) -> int:
-    """Resident bytes of all engines now."""
-    total = 0
-    for process in engines(stack.process.tree()):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:
-            continue
-    return total
 
 
 async def caller(api: Api, tenant: str, chance: random.Random, until_s: float, book: Book) -> None:
@@ -105,29 +76,19 @@ async def test_three_models_on_memory_for_two(small: Stack, need: int) -> None:
             text = f"hr-{tenant}"
             key = Key(f"k-{tenant}", hashlib.sha256(text.encode()).hexdigest(), tenant, tenant)
             await control.submit([command(App(tenant, tenant), actor="test"), command(key, actor="test")])
-    budget = int(2.5 * need)
-    book, most = Book(), 0
-    done = asyncio.Event()
-
-    async def watch() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, await asyncio.to_thread(held, small))
-            await asyncio.sleep(0.05)
+    book, budget = Book(), int(FIT * need)
 
     async def crowd(tenant: str) -> None:
         async with Api(small, key=f"hr-{tenant}") as api:
             chances = [random.Random(f"{tenant}{n}") for n in range(CALLERS[tenant])]
             await asyncio.gather(*(caller(api, tenant, chance, end, book) for chance in chances))
 
-    watching = asyncio.create_task(watch())
     end = time.monotonic() + SECONDS
-    await asyncio.gather(*map(crowd, CALLERS))
-    done.set()
-    await watching
+    async with watched(small) as watch:
+        await asyncio.gather(*map(crowd, CALLERS))
     assert not book.refused
     assert set(book.answered) == set(MODELS), "nobody's model was left out"
-    assert need < most <= budget, f"{most // MIB} MiB were held of {budget // MIB}"
+    assert need < watch.most <= budget, f"{watch.most // MIB} MiB were held of {budget // MIB}"
     assert book.mean_wait("quiet") <= book.mean_wait("greedy"), "who asks for more waits for longer"
     assert small.ledger()["in_flight"] == 0
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import httpx
@@ -140,6 +140,55 @@ async def test_a_model_is_seen_with_its_worker_and_lease(admin: httpx.AsyncClien
     assert listed["object"] == "list" and MODEL in {one["id"] for one in listed["data"]}
     disabled = [one for one in listed["data"] if one["state"] == "unknown"]
     assert not disabled, "the scheduler tells of every model"
+
+
+async def events(client: httpx.AsyncClient, name: str) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Kind and object of each event that tells how a model stands, until the stream ends."""
+    async with client.stream("GET", f"/admin/models/{name}/events") as answer:
+        assert answer.status_code == 200, await answer.aread()
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        kind = ""
+        async for line in answer.aiter_lines():
+            if line.startswith("event: "):
+                kind = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                yield kind, json.loads(line.removeprefix("data: "))
+
+
+@pytest.mark.timeout(120)
+async def test_whoever_watches_a_model_is_told_of_each_change(steered: Stack, admin: httpx.AsyncClient) -> None:
+    assert (await becomes(admin, "active"))["id"] == MODEL
+    states: list[str] = []
+    async with aclosing(events(admin, "gpt-4o-mini")) as told, asyncio.timeout(60):
+        async for kind, shown in told:
+            assert (kind, shown["id"]) == ("model", MODEL)
+            if not states or shown["state"] != states[-1]:
+                states.append(shown["state"])
+                if states == ["active"]:
+                    assert (await admin.post(f"/admin/models/{MODEL}/unload")).status_code == 202
+                elif states[-1] == "unloaded":
+                    assert (await admin.post(f"/admin/models/{MODEL}/load")).status_code == 202
+                elif states[-1] == "active":
+                    break
+    assert [state for state in states if state in ("active", "unloaded")] == ["active", "unloaded", "active"]
+    assert "loading" in states
+    answer = await admin.get("/admin/models/no/such/events")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_who_may_no_longer_watch_is_told_so(steered: Stack) -> None:
+    name = f"watcher-{time.time_ns()}"
+    made = steered.run("keys", "create", "--name", name, "--role", "admin")
+    assert made.returncode == 0, made.stderr
+    kinds: list[tuple[str, str]] = []
+    async with _client(steered, made.stdout.strip()) as watcher, asyncio.timeout(30):
+        async for kind, shown in events(watcher, MODEL):
+            kinds.append((kind, shown["error"]["code"] if kind == "error" else ""))
+            if len(kinds) == 1:
+                ran = await asyncio.to_thread(steered.run, "keys", "revoke", name)
+                assert ran.returncode == 0, ran.stderr
+    assert kinds[0] == ("model", "") and kinds[-1][0] == "error", kinds
+    assert kinds[-1][1] == "invalid_api_key", kinds
 
 
 async def test_what_a_model_is_outlives_redis_and_contradicts_its_record(
@@ -350,8 +399,13 @@ async def test_quarantined_bytes_are_granted_again_on_an_operators_word(
         assert (await admin.post("/admin/models/old/unload")).status_code == 202
         lease = await until(lambda: _lease(admin, "old", "quarantined"), "the bytes are quarantined", 60)
         assert (lease["bytes"], lease["device"], lease["worker"]) == (8 * GIB, "d0", "side")
-        [side] = [one for one in (await admin.get("/admin/workers")).json()["data"] if one["id"] == "side"]
-        assert side["devices"] == [{"id": "d0", "bytes": 10 * GIB, "held_bytes": 8 * GIB}]
+        first, more = await pages(admin, "workers", 2)
+        assert [one["id"] for one in (*first, *more)] == ["side", "w1"]
+        [side] = (await admin.get("/admin/workers", params={"pool": first[0]["pool"], "status": "ready"})).json()[
+            "data"
+        ]
+        assert side["id"] == "side"
+        assert side["devices"] == [{"id": "d0", "bytes": 10 * GIB, "held_bytes": 8 * GIB, "utilisation": None}]
         assert (await asyncio.to_thread(steered.run, "models", "load", "new", "--no-wait")).returncode == 0
         said = {"worker": "side", "model": "old", "reason": "seen in nvidia-smi"}
         answer = await admin.post("/admin/leases/release", json=said)
@@ -369,6 +423,18 @@ async def test_quarantined_bytes_are_granted_again_on_an_operators_word(
     assert float(str(row["byte_seconds"])) > 30 * 8 * GIB, "it was held for the half minute of the quarantine"
 
 
+async def pages(admin: httpx.AsyncClient, kind: str, count: int) -> list[list[dict[str, Any]]]:
+    """The first pages of a list, of one item each."""
+    found: list[list[dict[str, Any]]] = []
+    params: dict[str, str] = {"limit": "1"}
+    for number in range(count):
+        answer = (await admin.get(f"/admin/{kind}", params=params)).json()
+        assert answer["has_more"] is (number < count - 1)
+        found.append(answer["data"])
+        params["after"] = answer["last_id"]
+    return found
+
+
 async def _loaded(stack: Stack, admin: httpx.AsyncClient, name: str) -> bool:
     await until(lambda: _told(admin, name), "the pool has its scheduler and worker", 60)
     # Beside the worker, which is in this loop and must go on reporting.
@@ -383,8 +449,10 @@ async def _told(admin: httpx.AsyncClient, name: str) -> bool:
 
 
 async def _lease(admin: httpx.AsyncClient, name: str, state: str) -> dict[str, Any] | None:
-    found: list[dict[str, Any]] = (await admin.get("/admin/leases")).json()["data"]
-    return next((one for one in found if (one["model"], one["state"]) == (name, state)), None)
+    wanted = {"model": name, "state": state}
+    found: list[dict[str, Any]] = (await admin.get("/admin/leases", params=wanted)).json()["data"]
+    assert all({"model": one["model"], "state": one["state"]} == wanted for one in found)
+    return found[0] if found else None
 
 
 async def test_leases_of_a_stack_that_was_stopped_have_ended_when_it_runs_again(steered: Stack) -> None:

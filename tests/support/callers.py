@@ -41,8 +41,17 @@ class Outcome:
 class Caller:
     """One caller with an Idempotency-Key: repeats what did not begin, resumes what broke, at any ingress."""
 
-    def __init__(self, apis: list[Api], number: int, spec: Spec | None = None, **fields: object) -> None:
+    def __init__(
+        self,
+        apis: list[Api],
+        number: int,
+        spec: Spec | None = None,
+        *,
+        patience_s: float = PATIENCE_S,
+        **fields: object,
+    ) -> None:
         self._apis = apis
+        self._patience_s = patience_s
         self._turn = number
         self._fields = fields
         self.outcome = Outcome(
@@ -50,10 +59,10 @@ class Caller:
         )
 
     async def run(self) -> Outcome:
-        """Read to the end. Raises `TimeoutError` after `PATIENCE_S`."""
-        headers = {"idempotency-key": self.outcome.spec.id, "x-hr-resume": "60"}
+        """Read to the end. Raises `TimeoutError` when its patience is over."""
+        headers = {"idempotency-key": self.outcome.spec.id, "x-hr-resume": f"{self._patience_s:g}"}
         completion_id, last_id = "", None
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(self._patience_s):
             while True:
                 api = self._apis[self._turn % len(self._apis)]
                 try:
@@ -89,10 +98,11 @@ class Caller:
 class Crowd:
     """Many callers that begin within a second of each other."""
 
-    def __init__(self, stack: Stack, size: int, chance: random.Random) -> None:
+    def __init__(self, stack: Stack, size: int, chance: random.Random, *, patience_s: float = PATIENCE_S) -> None:
         self._stack = stack
         self._size = size
         self._chance = chance
+        self._patience_s = patience_s
         self._callers: list[Caller] = []
         self._tasks: list[asyncio.Task[Outcome]] = []
 
@@ -100,7 +110,7 @@ class Crowd:
         self._apis = [Api(self._stack, ingress=index) for index in range(len(self._stack.ingress_urls))]
         base = self._chance.randrange(1_000) * self._size
         for number in range(self._size):
-            caller = Caller(self._apis, base + number)
+            caller = Caller(self._apis, base + number, patience_s=self._patience_s)
             self._callers.append(caller)
             self._tasks.append(asyncio.create_task(_later(caller, RAMP_S * number / self._size)))
         return self
@@ -111,6 +121,11 @@ class Crowd:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for api in self._apis:
             await api.client.aclose()
+
+    @property
+    def names(self) -> list[str]:
+        """Under which the upstream counts what they ask."""
+        return [one.outcome.spec.id for one in self._callers]
 
     async def outcomes(self) -> list[Outcome]:
         """What they saw, once all have ended."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from processors.scheduler import messages
 from processors.scheduler.policy import step
 from processors.scheduler.state import Limits, Pool, Request
@@ -89,3 +91,15 @@ class Machine:
 def sized(name: str, size: int, load_ms: int = 1_000, **fields: Any) -> Model:
     """A model of that many bytes which nobody has preloaded."""
     return Model(name, "p", "t", bytes=size, load_ms=load_ms, preload=False, **fields)
+
+
+def ready(models: dict[str, Model]) -> Pool:
+    """A pool with one worker that holds each model."""
+    pool = Pool(term=TERM, models=dict(models))
+    status = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"])
+    for action in step(pool, messages.WorkerSeen(status), 0):
+        assert isinstance(action, messages.Grant)
+        step(pool, messages.LeaseGranted(action.worker, action.model, 5), 0)
+    status = msgspec.structs.replace(status, resident=[Resident(model, 5, "active") for model in models])
+    step(pool, messages.WorkerSeen(status), 0)
+    return pool

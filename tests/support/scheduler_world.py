@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from processors.scheduler import messages, policy, wishes
 from processors.scheduler.messages import Action, Event
-from processors.scheduler.state import Job, LeaseState, Limits, Pool, Request, Running, Taking
+from processors.scheduler.state import Job, LeaseState, Limits, Pool, Request, Running, Stray, Taking
 from schemas.control import Model
 from schemas.events import Device, Priority, Resident, RunningAttempt, Status, Trainer, WorkerStatus
 
@@ -50,7 +50,7 @@ class Machine:
     """Whether it is stopped, or cut off: it says nothing, and what it is told waits."""
     behind: bool = False
     """Whether it was, and has not read since; it may say how it is before that."""
-    inbox: list[Action] = field(default_factory=list)
+    inbox: list[tuple[int, Action]] = field(default_factory=list)
     """Commands that it has not read."""
     term: int = 0
     fence: int = 0
@@ -110,6 +110,10 @@ class World:
         """Requests whose callers have left."""
         self.reads = False
         """Whether the log is to be read to its end."""
+        self.fresh: set[str] = set()
+        """Requests that this scheduler gave to a worker, or found there."""
+        self.commands: dict[tuple[str, int], Stray] = {}
+        """(request, attempt) -> the worker that was told to run it."""
         self._states: dict[tuple[str, str], tuple[int | None, LeaseState]] = {}
         self.tell(messages.ModelsChanged(dict(MODELS)))
 
@@ -127,6 +131,8 @@ class World:
         match action:
             case messages.Assign(request, worker, boot, epoch):
                 self.may_assign(request, worker, boot, epoch)
+                self.fresh.add(request.id)
+                self.commands[request.id, request.attempt] = Stray(worker, boot, epoch)
                 self.command(worker, replace(action, request=replace(request)))  # as it is now
             case messages.SendTerm() | messages.Load() | messages.Unload() | messages.CancelRunning():
                 self.command(action.worker, action)
@@ -145,14 +151,16 @@ class World:
                 self.recoveries.append(action)
             case messages.ReadLog():
                 self.reads = True
-            case messages.Enqueued() | messages.LeaseMoved() | messages.Adopt() | messages.TrainingMoved():
+            case messages.Adopt(request):
+                self.fresh.add(request.id)
+            case messages.Enqueued() | messages.LeaseMoved() | messages.TrainingMoved():
                 pass
 
     def command(self, worker: str, action: Action) -> None:
         """A worker reads its commands in order, at once unless it was held up."""
         machine = self.machines[worker]
         if machine.alive:
-            machine.inbox.append(action)
+            machine.inbox.append((self.term, action))
             if not machine.behind:
                 self.read(worker)
 
@@ -162,12 +170,13 @@ class World:
         if not machine.paused:
             machine.behind = False
             while machine.inbox:
-                self.obey(machine, machine.inbox.pop(0))
+                self.obey(machine, *machine.inbox.pop(0))
 
-    def obey(self, machine: Machine, action: Action) -> None:
+    def obey(self, machine: Machine, term: int, action: Action) -> None:
         match action:
             case messages.SendTerm(_, fence):
-                machine.term, machine.fence = self.term, fence
+                machine.fence = max(fence, machine.fence) if term == machine.term else fence
+                machine.term = term
             case messages.Load(_, boot, model, epoch, device) if boot == str(machine.boot):
                 self.load(machine, model, epoch, device)
             case messages.Unload(_, boot, model, epoch) if boot == str(machine.boot):
@@ -214,7 +223,7 @@ class World:
         hold(MODELS[request.model].provider not in known.status.broken, "a broken provider is used")
         lease = self.pool.leases[worker, request.model]
         hold(lease.epoch == epoch and lease.state is LeaseState.ACTIVE, "a lease that is not active is used")
-        hold(request.attempt > self.given.get(request.id, 0), "an attempt is given twice")
+        hold(request.attempt > self.given.get(request.id, 0), "an attempt is given twice {}", request.id)
         hold(request.attempt == self.opened.get(request.id, 1), "an attempt is assigned before it is opened")
         self.given[request.id] = request.attempt
 
@@ -244,15 +253,26 @@ class World:
 
     def boot(self, name: str) -> None:
         self.excuses += 4 * len(MODELS)
-        self._gone_unseen(self.machines[name])
         self.machines[name] = Machine(self.machines[name].boot + 1, alive=True)
 
     def die(self, name: str) -> None:
         machine = self.machines[name]
-        self._gone_unseen(machine)
         machine.alive = False
         machine.running.clear()
         machine.trainers.clear()
+
+    def stop(self, name: str) -> None:
+        """A worker stops in order: it ends what it runs without terminals, says so, and is gone."""
+        machine = self.machines[name]
+        if machine.alive and not machine.paused:
+            self.die(name)
+            self.tell(
+                messages.WorkerSeen(
+                    WorkerStatus(
+                        name, str(machine.boot), "default", machine.term, self.now, [], stopping=True, left=True
+                    )
+                )
+            )
 
     def train(self, job: str) -> None:
         """A job is asked for."""
@@ -274,14 +294,7 @@ class World:
 
     def pause(self, name: str) -> None:
         """A worker is stopped, or cut off from the brokers."""
-        self._gone_unseen(self.machines[name])
         self.machines[name].paused = self.machines[name].behind = True
-
-    def _gone_unseen(self, machine: Machine) -> None:
-        """What only a worker and the scheduler before knew of is given again when both are gone at once."""
-        for request_id, _ in machine.running:
-            if request_id in self.unread or self.pool.taking is not Taking.TAKEN:
-                self.given.pop(request_id, None)
 
     def resume(self, name: str) -> None:
         """It goes on where it was."""
@@ -368,7 +381,14 @@ class World:
         while self.unread:
             request_id = self.unread.pop()
             if request_id in self.live or request_id in self.later:
-                self.tell(messages.Arrived(self.asked[request_id]))
+                self._inherit(request_id, complete=True)
+
+    def _inherit(self, request_id: str, *, complete: bool) -> None:
+        """A request of which nothing says that it was given to a worker."""
+        attempt = self.opened.get(request_id, 1)
+        again = replace(self.asked[request_id], attempt=attempt, opened_before=attempt > 1)
+        self.asked[request_id] = again
+        self.tell(messages.Arrived(again), complete=complete)
 
     def recover(self, *, empty: bool) -> None:
         if not self.recoveries:
@@ -425,8 +445,13 @@ class World:
         for lost in self.recoveries[::2]:
             self.open(lost.running.request.id, lost.running.request.attempt)
         old, self.term = self.pool, self.term + 1
-        self.pool = Pool(term=self.term, taking=Taking.WAITING, taken_ms=self.now, limits=LIMITS)
+        self.pool = Pool(
+            term=self.term, taking=Taking.WAITING, taken_ms=self.now, limits=LIMITS, given=dict(self.commands)
+        )
         self.grants, self.recoveries, self._states, self.reads = [], [], {}, False
+        # Whether only a worker could tell that it has a request: so it is with every second that was just given.
+        unwritten = {one for one in self.fresh & old.running.keys() if int(one[1:]) % 2 == 0}
+        self.fresh = set()
         self.excuses += 2 * len(MODELS)
         wishes.restore(self.pool, wishes.kept(old, 0))
         for job in sorted(self.jobs):
@@ -435,11 +460,11 @@ class World:
         for request_id in sorted(self.live):
             request = self.asked[request_id] = replace(self.asked[request_id])
             known = old.running.get(request_id) or old.recovering.get(request_id)
-            if request_id in self.unread or self._under_way(old.running.get(request_id)):
+            if request_id in self.unread or request_id in unwritten:
                 if request_id not in self.unread:
                     self.unread.append(request_id)
             elif known is None:
-                self.tell(messages.Arrived(request), complete=False)
+                self._inherit(request_id, complete=False)
             else:
                 again = Running(request, known.worker, known.boot, known.epoch, self.now)
                 self.tell(messages.Restored(again), complete=False)
@@ -447,13 +472,6 @@ class World:
         for name in WORKERS:
             self.heartbeat(name)
         self.tell(messages.Heard())
-
-    def _under_way(self, known: Running | None) -> bool:
-        """Whether a worker has what nothing else tells: every second first attempt that runs."""
-        if known is None or self.opened.get(known.request.id, 1) > 1 or int(known.request.id[1:]) % 2:
-            return False
-        machine = self.machines[known.worker]
-        return machine.alive and not machine.paused and (known.request.id, 1) in machine.running
 
     def healthy(self, name: str) -> None:
         """All that it takes until a worker serves."""
@@ -527,7 +545,8 @@ class World:
         if oldest is None or any(lease.state is LeaseState.DRAINING for lease in pool.trainers.values()):
             return
         for name, worker in pool.workers.items():
-            if worker.offers("p") and self.now - oldest.waiting_ms > LIMITS.max_wait_ms:
+            since_ms = max(oldest.waiting_ms, pool.ready_ms.get(model, 0))
+            if worker.offers("p") and self.now - since_ms > LIMITS.max_wait_ms:
                 free = SIZE - sum(lease.holds for lease in pool.leases.values() if lease.worker == name)
                 trainers = [lease for lease in pool.trainers.values() if lease.worker == name]
                 free -= sum(lease.bytes for lease in trainers)

@@ -17,12 +17,9 @@ from bench.scheduler.generators import SHAPES, generate
 from bench.scheduler.policies import POLICIES, simulate
 from bench.scheduler.sweep import Curve, Point, SweepReport, WorkloadSweep, capacity
 from bench.scheduler.workload import Arrival, DeviceSpec, Fault, ModelSpec, TrainingSpec, Workload, WorkloadError, parse
+from tests.support.simulated import model
 
 OUTCOMES = {"finished", "rejected", "expired", "abandoned", "failed"}
-
-
-def model(name: str, size: int = 10, load_s: float = 2.0, slots: int = 2) -> ModelSpec:
-    return ModelSpec(name, size, load_s, prefill_tokens_s=1000, decode_tokens_s=100, max_concurrency=slots)
 
 
 def ask(at: float, name: str, model: str, *, output: int = 100, slo_s: float = 60) -> Arrival:

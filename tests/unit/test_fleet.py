@@ -125,6 +125,14 @@ def test_a_worker_is_shown_with_what_is_held_of_its_memory() -> None:
     ]
 
 
+def test_a_worker_that_has_left_is_not_shown() -> None:
+    found = fleet(WORKER, msgspec.structs.replace(WORKER, resident=[], running=[], stopping=True, left=True))
+    assert found.worker_views(NOW) == []
+    assert [one.status for one in fleet(WORKER, msgspec.structs.replace(WORKER, boot="b9")).worker_views(NOW)] == [
+        "ready"
+    ]
+
+
 def test_a_higher_term_says_more_of_a_lease_than_a_later_record() -> None:
     book = LeaseBook()
     for offset, event in enumerate([lease("one", "active", term=5, epoch=3), lease("one", "free", term=4, epoch=3)]):

@@ -11,7 +11,7 @@ import pytest
 from processors.scheduler import messages
 from processors.scheduler.messages import Action, Adopt, Assign, CancelRunning, Event, ReadLog, SendTerm
 from processors.scheduler.policy import STRAYS_MS, WORKER_TIMEOUT_MS, step
-from processors.scheduler.state import Pool, Request, Taking
+from processors.scheduler.state import Pool, Request, Stray, Taking
 from processors.scheduler.takeover import live_of
 from processors.scheduler.tenure import UNSURE_MS, Deposed, Tenure
 from schemas.control import Model
@@ -104,6 +104,15 @@ def test_what_nobody_comes_for_is_ended() -> None:
     assert ended == CancelRunning("r", "w1", "The attempt was superseded.", Status.CANCELLED, 1)
 
 
+def test_a_model_is_not_unloaded_under_what_nobody_came_for() -> None:
+    pool = taking("w1")
+    told(pool, seen("w1", "r"), messages.LogRead())
+    told(pool, seen("w1", "r"), messages.UnloadAsked("m", "an operator"), now_ms=STRAYS_MS - 1)
+    assert told(pool, messages.Tick(), now_ms=STRAYS_MS + 1) == [], "it runs until its worker is told to end it"
+    ended = told(pool, seen("w1", "r"), now_ms=STRAYS_MS + 2)
+    assert [type(one) for one in ended] == [CancelRunning, messages.Unload], "which comes first"
+
+
 def test_a_caller_who_left_meanwhile_is_not_forgotten() -> None:
     pool = taking("w1")
     told(pool, seen("w1", "r"), messages.LogRead(), messages.CancelAsked("r", "left", "t"))
@@ -120,6 +129,118 @@ def test_what_an_adopted_attempt_s_worker_had_is_lost_with_it() -> None:
     assert isinstance(adopted, Adopt)
     [lost] = told(pool, messages.Tick(), now_ms=WORKER_TIMEOUT_MS + 502)
     assert isinstance(lost, messages.Recover) and lost.running.request.id == "r"
+
+
+# --- what nothing but the commands tells ---------------------------------------------------------------------------
+
+
+def opened(name: str, attempt: int) -> Request:
+    return Request(name, "t", "m", 0, 600_000, attempt=attempt, opened_before=True)
+
+
+@pytest.mark.parametrize("when", ["before the pool is taken", "after it is taken"])
+def test_what_a_silent_worker_was_given_is_lost_with_it_and_not_given_again_as_it_is(when: str) -> None:
+    pool = taking("w1")
+    pool.given["r", 1] = Stray("gone", "b", 3)
+    came, taken = messages.Arrived(request("r")), [seen("w1"), messages.LogRead()]
+    actions = told(pool, *([came, *taken] if when == "before the pool is taken" else [*taken, came]))
+    assert Adopt(pool.running["r"].request, "gone", "b", 3) in actions, "its record outlives us"
+    [lost] = passing(pool, "w1", WORKER_TIMEOUT_MS, WORKER_TIMEOUT_MS + 501)
+    assert isinstance(lost, messages.Recover) and lost.running.request.id == "r"
+    [given] = told(pool, messages.AttemptReady("r", 2), now_ms=WORKER_TIMEOUT_MS + 501)
+    assert isinstance(given, Assign) and (given.worker, given.request.attempt) == ("w1", 2)
+
+
+def test_what_a_worker_was_given_and_has_ended_is_not_given_again() -> None:
+    pool = taking("w1")
+    pool.given["r", 1] = Stray("w1", "b", 3)
+    *_, lost, read = told(pool, messages.Arrived(request("r")), seen("w1"))
+    assert isinstance(lost, messages.Recover) and read == ReadLog()
+    assert told(pool, messages.Finished("r", 1, 1), messages.LogRead()) == []
+    assert not pool.recovering
+
+
+def test_what_a_worker_was_told_too_late_and_refused_is_not_waited_for() -> None:
+    pool = taking("w1")
+    pool.given["r", 1] = Stray("w1", "b", 3)
+    actions = told(pool, seen("w1"), messages.LogRead(), messages.Arrived(request("r")))
+    assert [type(one) for one in actions] == [ReadLog, messages.Enqueued, messages.Recover]
+    assert "r" not in pool.running
+
+
+def test_what_runs_is_not_ended_before_its_next_attempt_is_open() -> None:
+    pool = taking("w1", "w2")
+    told(pool, messages.Arrived(request("r")), seen("w1", "r"), seen("w2"), messages.LogRead())
+    told(pool, messages.Superseded("r", 2))
+    assert told(pool, seen("w1", "r")) == [], "an end that it told of would be the request's"
+    told(pool, messages.AttemptReady("r", 2))
+    [ended] = [one for one in told(pool, seen("w1", "r")) if isinstance(one, CancelRunning)]
+    assert ended.attempt == 1
+
+
+def test_an_attempt_that_was_opened_and_given_to_nobody_is_not_given_either() -> None:
+    pool = taking("w1")
+    *_, fenced = told(pool, messages.Arrived(opened("r", 2)), seen("w1"), messages.LogRead())
+    assert isinstance(fenced, messages.Recover) and fenced.running.request.attempt == 2
+    told(pool, messages.AttemptReady("r", 3))
+    assert pool.running["r"].request.attempt == 3
+
+
+def test_one_that_was_opened_and_comes_after_the_pool_is_taken_is_written_down_first() -> None:
+    pool = taking("w1")
+    enqueued, fenced = told(pool, seen("w1"), messages.LogRead(), messages.Arrived(opened("r", 2)))[1:]
+    assert isinstance(enqueued, messages.Enqueued) and isinstance(fenced, messages.Recover)
+
+
+def test_an_attempt_that_was_opened_and_that_its_worker_shows_goes_on() -> None:
+    pool = taking("w1")
+    told(pool, messages.Arrived(opened("r", 2)))
+    status = msgspec.structs.replace(seen("w1").status, running=[RunningAttempt("r", 2, 3)])
+    [adopted, read] = told(pool, messages.WorkerSeen(status))
+    assert isinstance(adopted, Adopt) and read == ReadLog()
+    assert told(pool, messages.LogRead()) == []
+
+
+def test_an_opening_that_comes_late_supersedes_what_waits() -> None:
+    pool = taking("w1")
+    told(pool, messages.Arrived(request("r")))
+    [fenced] = told(pool, messages.Superseded("r", 2))
+    assert isinstance(fenced, messages.Recover)
+    assert told(pool, messages.Superseded("r", 2)) == [], "once"
+
+
+def test_of_two_that_have_the_same_attempt_neither_counts() -> None:
+    pool = taking("w1", "w2")
+    told(pool, messages.Arrived(request("r")), seen("w1", "r"), seen("w2"), messages.LogRead())
+    [lost] = told(pool, seen("w2", "r"))
+    assert isinstance(lost, messages.Recover) and lost.running.worker == "w1"
+    assert told(pool, seen("w1", "r"), seen("w2", "r")) == []
+    told(pool, messages.AttemptReady("r", 2))
+    ends = told(pool, seen("w1", "r"), seen("w2", "r"))
+    assert {(one.worker, one.attempt) for one in ends if isinstance(one, CancelRunning)} == {("w1", 1), ("w2", 1)}
+
+
+@pytest.mark.parametrize("when", ["before it came", "while its attempt is opened"])
+def test_what_was_opened_and_given_to_nobody_can_be_cancelled(when: str) -> None:
+    pool = taking("w1")
+    left = messages.CancelAsked("r", "left", "t")
+    told(pool, seen("w1"), messages.LogRead())
+    events = [left, messages.Arrived(opened("r", 2))]
+    actions = told(pool, *(events if when == "before it came" else reversed(events)))
+    assert [type(one) for one in actions] == [messages.Enqueued, messages.Recover], "there is no worker to be told"
+    [ended] = told(pool, messages.AttemptReady("r", 3))
+    assert isinstance(ended, messages.End) and (ended.status, ended.request.attempt) == (Status.CANCELLED, 3)
+
+
+def test_what_waits_for_a_new_attempt_keeps_its_order_and_its_deadline() -> None:
+    pool = taking("w1")
+    names = [f"r{number}" for number in range(6)]
+    told(pool, *(messages.Arrived(opened(name, 2)) for name in names), seen("w1"), messages.LogRead())
+    assert list(pool.recovering) == names, "as they came"
+    [late] = told(pool, messages.AttemptReady("r5", 3), now_ms=600_001)
+    assert isinstance(late, messages.End) and late.status is Status.EXPIRED
+    told(pool, *(messages.AttemptReady(name, 3) for name in names[:5]))
+    assert list(pool.running) == names[:4] and "r4" in pool.queues["m"]
 
 
 # --- the live set ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ByteSize
 
+from deploy.embedded.roles import memory_shares
 from headrace.errors import ProviderError
 from headrace.settings import Settings
 from processors.scheduler import messages
@@ -107,3 +108,25 @@ async def test_workers_that_were_given_their_shares_never_oversell() -> None:
     assert shared.taken == 8 * GIB
     assert {lease.worker for lease in shared.pool.leases.values()} == {"w1", "w2"}
     assert all(node.budgets == {"ram": 9 * GIB // 2} for node in shared.nodes.values())
+
+
+async def test_shares_are_of_what_the_device_has_for_all_of_them() -> None:
+    shared = Shared(10 * GIB, 4 * GIB, Settings(worker_memory_share=0.5, worker_memory_reserve=ByteSize(GIB)))
+    shared.machine.parts["ram"].held[1] = GIB  # somebody else's
+    await shared.heartbeats()
+    assert all(node.budgets == {"ram": 4 * GIB} for node in shared.nodes.values())
+    for load in shared.wanted("a") + shared.wanted("b"):
+        await shared.obey(load)
+    assert await shared.heartbeats() == []
+    assert shared.taken == 9 * GIB
+    assert all(node.budgets == {"ram": 4 * GIB} for node in shared.nodes.values())
+
+
+def test_workers_that_are_started_together_share_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADRACE_WORKER_MEMORY", raising=False)
+    monkeypatch.delenv("HEADRACE_WORKER_MEMORY_SHARE", raising=False)
+    assert memory_shares(1) == {}
+    assert float(memory_shares(2)["HEADRACE_WORKER_MEMORY_SHARE"]) == 0.5
+    assert float(memory_shares(3)["HEADRACE_WORKER_MEMORY_SHARE"]) * 3 <= 1
+    monkeypatch.setenv("HEADRACE_WORKER_MEMORY", "2 GiB")
+    assert memory_shares(2) == {}

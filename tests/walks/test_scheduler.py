@@ -10,10 +10,10 @@ from multiprocessing import get_context
 
 import pytest
 
-from processors.scheduler import placement, policy, training
+from processors.scheduler import holdings, lives, policy, training
 from processors.scheduler.messages import Action, Unload
 from processors.scheduler.queues import Queue
-from processors.scheduler.state import Lease, LeaseState, Pool, Request, Worker
+from processors.scheduler.state import Lease, LeaseState, Pool, Request
 from schemas.events import Priority, Resident, RunningAttempt, WorkerStatus
 from tests.support.scheduler_world import JOBS, MODELS, TENANTS, WORKERS, Broken, World
 
@@ -66,7 +66,7 @@ def act(world: World, chance: random.Random) -> None:
     elif what < 0.90:
         world.recover(empty=chance.random() < 0.7)
     elif what < 0.905:
-        world.die(worker)
+        (world.stop if chance.random() < 0.4 else world.die)(worker)
     elif what < 0.91:
         world.boot(worker)
     elif what < 0.92:
@@ -111,10 +111,10 @@ def _trust_all(pool: Pool, lease: Lease) -> bool:
 
 
 def _resurrect(
-    lease: Lease, resident: Resident, now_ms: int, *, real: Callable[..., list[Action]] = policy._follow
+    lease: Lease, resident: Resident, now_ms: int, *, real: Callable[..., list[Action]] = holdings._follow
 ) -> list[Action]:
     if lease.state is LeaseState.DRAINING and resident.state == "active":
-        return placement.move(lease, LeaseState.ACTIVE, now_ms)
+        return lives.move(lease, LeaseState.ACTIVE, now_ms)
     return real(lease, resident, now_ms)
 
 
@@ -135,7 +135,7 @@ def _forget_a_queue(
 def _unload_in_use(lease: Lease, now_ms: int) -> list[Action]:
     if lease.state is not LeaseState.DRAINING or lease.epoch is None:
         return []
-    moved = placement.move(lease, LeaseState.RELEASING, now_ms)
+    moved = lives.move(lease, LeaseState.RELEASING, now_ms)
     return [Unload(lease.worker, lease.boot, lease.model, lease.epoch), *moved]
 
 
@@ -144,7 +144,7 @@ def _lose_request(self: Queue, request: Request, *, first: bool = False, real: C
         real(self, request)
 
 
-def _any_boot(pool: Pool, worker: Worker) -> list[Action]:
+def _any_boot(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     """What a dead process held is kept."""
     return []
 
@@ -152,6 +152,14 @@ def _any_boot(pool: Pool, worker: Worker) -> list[Action]:
 def _adopt_nothing(pool: Pool, status: WorkerStatus, attempt: RunningAttempt, now_ms: int) -> list[Action]:
     """What a worker runs by the word of the scheduler before is not heeded."""
     return []
+
+
+def _forget_commands(
+    pool: Pool, request: Request, now_ms: int, *, real: Callable[..., list[Action]] = policy._arrived
+) -> list[Action]:
+    """What the scheduler before had given to a worker is known by what was written down alone."""
+    pool.given.clear()
+    return real(pool, request, now_ms)
 
 
 def _any_fence(pool: Pool, status: WorkerStatus) -> bool:
@@ -172,18 +180,19 @@ def _free_after_notice(pool: Pool, now_ms: int) -> list[Action]:
     [
         (policy, "_is_trusted", _any_fence),
         (policy, "_takes_work", _trust_all),
-        (policy, "_follow", _resurrect),
-        (placement, "release_drained", _free_at_once),
-        (placement, "release_drained", _unload_in_use),
+        (holdings, "_follow", _resurrect),
+        (lives, "release_drained", _free_at_once),
+        (lives, "release_drained", _unload_in_use),
         (policy, "_dispatch", _forget_a_queue),
         (policy, "_lose_boot", _any_boot),
         (Queue, "add", _lose_request),
         (Lease, "holds", property(lambda lease: lease.bytes)),
         (Lease, "holds", property(lambda lease: lease.bytes if lease.state is LeaseState.ACTIVE else 0)),
-        (placement, "freed", lambda pool, lease: []),
+        (lives, "freed", lambda pool, lease: []),
         (policy, "_reconcile", lambda pool, status: []),
         (policy, "_stray", _adopt_nothing),
         (policy, "STRAYS_MS", -1),
+        (policy, "_arrived", _forget_commands),
         (training, "time_out", _free_after_notice),
         (training, "notice", lambda pool, lease, now_ms, reason: []),
         (training, "seen", lambda pool, status, now_ms: []),
@@ -193,6 +202,7 @@ def _free_after_notice(pool: Pool, now_ms: int) -> list[Action]:
         "skip a fence", "resurrect a victim", "bytes given away too early", "unload what is in use", "forget a queue",
         "keep what the dead held", "forget a lost request", "leak bytes", "forget what is loading", "never free",
         "believe that all still runs", "do not see what runs", "end what is asked for again",
+        "forget what was commanded",
         "bytes of who trains on given away", "let jobs train on", "lose sight of trainers",
     ],
 )  # fmt: skip

@@ -167,6 +167,10 @@ class Provider(abc.ABC):
     async def resident(self) -> builtins.list[LoadedModel]:
         """The models in memory now; cheap enough for a call each second. Raises `ProviderError`."""
 
+    def same_backend_model(self, tag: str, other: str) -> bool:
+        """Whether two tags mean one model there."""
+        return tag == other
+
     @abc.abstractmethod
     async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
         """Exact prompt tokens of a chat request under the model's template; None where the provider cannot tell.

@@ -167,6 +167,10 @@ class Ollama(Provider):
             *(LoadedModel("", tag, size) for tag, size in running.items() if not self._in_use(tag)),
         ]
 
+    def same_backend_model(self, tag: str, other: str) -> bool:
+        """Whether two tags mean one model; one without a version means the latest."""
+        return ollama_body.same_model(tag, other)
+
     async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
         """Exact prompt tokens, by generating one token; raises `ContextLengthExceeded` where the server would cut.
 

@@ -40,7 +40,9 @@ class Engine:
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begin to work, warm: what the first step has to allocate and to compile belongs to the load."""
+        self._adapters.begin([""])
+        self._loaded.scores([0], [Span(0, 0, 1)], [0])
         self._thread.start()
 
     def submit(self, answer: Answer) -> None:
