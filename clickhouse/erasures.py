@@ -7,7 +7,7 @@ replaced. Rows stay, with their times, counts, tenants, keys and costs: they are
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
@@ -63,7 +63,7 @@ def _scrubbed(item: Item, erasures: Erasures) -> Item:
     at_ms = int(row[rule.accepted].timestamp() * 1000)  # type: ignore[attr-defined]
     if erased_by(found, at_ms) is None:
         return item
-    return replace(item, row=tuple(rule.empties.get(name, (value,))[0] for name, value in row.items()))
+    return item._replace(row=tuple(rule.empties.get(name, (value,))[0] for name, value in row.items()))
 
 
 async def apply(client: AsyncClient, database: str, erasures: Iterable[Erasure]) -> None:

@@ -33,7 +33,11 @@ def wanted(conf: Settings) -> dict[str, tuple[str, int | None]]:
     return (
         {table: (column, usage) for table, column in _USAGE.items()}
         | {table: (column, conf.retention_requests_days) for table, column in _REQUESTS.items()}
-        | {"usage_minutes_raw": ("minute", minutes), "lease_events_raw": ("at", conf.retention_leases_days)}
+        | {
+            "usage_minutes_raw": ("minute", minutes),
+            "lease_events_raw": ("at", conf.retention_leases_days),
+            "audit_events_raw": ("at", conf.retention_audit_days),
+        }
     )
 
 

@@ -6,9 +6,9 @@ No prompt and no output goes into a row: of a terminal's answer only its token c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Context, Decimal
+from typing import NamedTuple
 
 import msgspec
 
@@ -52,8 +52,7 @@ class Unreadable(ValueError):
     """A record that can never become a row; the message says why, without its content."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """One row, its table, and the record it came from."""
 
     table: Table

@@ -16,9 +16,12 @@ MAYBE_COUNT = "Nullable(UInt64)"
 _SOURCE = (("kafka_partition", "UInt32"), ("kafka_offset", "UInt64"), ("precedence", "UInt64"))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Table:
-    """A raw table, and the view `view` of it that users query and that shows no duplicates."""
+    """A raw table, and the view `view` of it that users query and that shows no duplicates.
+
+    One is equal to itself alone: rows are sorted by their table, and a hash of all columns would cost more than a row.
+    """
 
     name: str
     view: str

@@ -199,8 +199,11 @@ def windows_sql(query: UsageQuery) -> tuple[str, dict[str, object]] | None:
 
 
 def build(query: UsageQuery, windows: Windows) -> tuple[str, dict[str, object]]:
-    """The SQL of a question and the values of its parameters (`{name:Type}`)."""
-    values: dict[str, object] = {"limit": query.limit}
+    """The SQL of a question and the values of its parameters (`{name:Type}`).
+
+    It asks for a row more than `query.limit`, which tells whether there are more.
+    """
+    values: dict[str, object] = {"limit": query.limit + 1}
     labels = list(dict.fromkeys([*(DIMENSIONS[name] for name in query.by), "currency"]))
     filters = []
     for number, (name, wanted) in enumerate(query.where.items()):

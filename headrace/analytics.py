@@ -30,6 +30,14 @@ class UsageAnswer:
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[object, ...]]
+    has_more: bool = False
+    """Whether there are rows beyond the limit."""
+
+    @classmethod
+    def of(cls, query: UsageQuery, found: Sequence[Sequence[Any]]) -> UsageAnswer:
+        """From what `answered` gives."""
+        rows = [tuple(plain(value) for value in row) for row in found[: query.limit]]
+        return cls(query.columns, rows, len(found) > query.limit)
 
     def dicts(self) -> list[dict[str, object]]:
         """A row a dict."""
@@ -50,7 +58,10 @@ def _cell(value: object) -> object:
 
 
 async def answered(client: AsyncClient, query: UsageQuery) -> Sequence[Sequence[Any]]:
-    """Rows of a question, as the client gives them. Raises as ClickHouse does."""
+    """Rows of a question as the client gives them; one beyond its limit where there are more.
+
+    Raises as ClickHouse does.
+    """
     windows = Windows()
     if (asked := windows_sql(query)) is not None:
         found = await client.query(asked[0], parameters=asked[1], settings=dict(READ_ONLY))
@@ -81,8 +92,7 @@ class Analytics:
         if self._client is None:
             database = database_name(self._settings)
             self._client = await connect(self._settings, database=database, timeout_s=TIMEOUT_S + 5.0)
-        rows = await answered(self._client, query)
-        return UsageAnswer(query.columns, [tuple(plain(value) for value in row) for row in rows])
+        return UsageAnswer.of(query, await answered(self._client, query))
 
     async def stop(self) -> None:
         """Close the connection, if there is one."""

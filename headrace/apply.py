@@ -1,7 +1,7 @@
 """Making the control plane match `headrace.toml`: which commands that takes, and sending them.
 
-What the file names, the file decides, at every apply, but for prices that were set by themselves. What was made by the
-admin API or the command line and is not in the file is left alone.
+What the file names, the file decides, at every apply, but for prices that were set by themselves, and limits of models
+that it leaves out. What was made by the admin API or the command line and is not in the file is left alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from headrace.config import DEFAULT_APP, Config
 from headrace.control_client import ControlPlane, command, control_client, deletion
 from headrace.errors import InvalidRequest
 from headrace.settings import Settings
-from schemas.control import API, OWNER, App, ControlCommand, Model, User
+from schemas.control import API, OWNER, App, ControlCommand, Limited, Model, User
 
 ACTOR = "headrace apply"
 
@@ -27,7 +27,7 @@ def plan(current: ControlPlane, config: Config, admin_key: str, owner: User | No
     Every step is valid by itself: a name is given up by one model before another takes it, a provider is there before
     its models and goes after them. `owner` is the first user, who is made only where nobody has that address.
     """
-    models = {model.id: _kept_price(model.record(), current.models.get(model.id)) for model in config.models}
+    models = {model.id: _as_it_stands(model.record(), current.models.get(model.id)) for model in config.models}
     providers = {provider.name: provider.record() for provider in config.providers}
     commands: list[ControlCommand] = []
     if DEFAULT_APP not in current.apps:
@@ -54,9 +54,16 @@ def plan(current: ControlPlane, config: Config, admin_key: str, owner: User | No
     return commands
 
 
-def _kept_price(wanted: Model, current: Model | None) -> Model:
-    """A model as the file has it, at the price that was set by itself, if one was."""
-    if current is None or not any(price.origin == API for price in (current.price, *current.prices)):
+def _as_it_stands(wanted: Model, current: Model | None) -> Model:
+    """A model as the file has it, with what was set by itself: its price, and limits of which the file says nothing.
+
+    Whoever takes a limit out of the file says no more about it: to end it is for whoever sets limits elsewhere.
+    """
+    if current is None:
+        return wanted
+    limits = {name: getattr(current, name) for name in Limited.__struct_fields__ if getattr(wanted, name) is None}
+    wanted = msgspec.structs.replace(wanted, **limits)
+    if not any(price.origin == API for price in (current.price, *current.prices)):
         return wanted
     return msgspec.structs.replace(wanted, price=current.price, prices=current.prices)
 

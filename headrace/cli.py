@@ -22,7 +22,7 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "topics": ("topics",),
     "audit": ("audit",),
     "erasure": ("erase", "erasures"),
-    "data": ("migrate", "sql", "rebuild", "ledger", "dead-letters"),
+    "data": ("migrate", "sql", "rebuild", "ledger", "usage", "reprice", "dead-letters"),
 }
 """Modules of `headrace.commands` and their commands, in the order of `--help`; each module has `register(app)`."""
 
@@ -64,7 +64,7 @@ def build(groups: Iterable[str] = _GROUPS) -> typer.Typer:
 def _run(role: str) -> None:
     """Run a role and end this process; return if there is none of that name.
 
-    Seven of these start at once. Without the command line's libraries, and without rich, which structlog loads for
+    Eight of these start at once. Without the command line's libraries, and without rich, which structlog loads for
     tracebacks on a terminal, each costs a fifth less CPU.
     """
     hidden = "rich" not in sys.modules

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.status import Status
 
 from deploy.embedded import infra, kafka, launch, ports, roles, stack
+from headrace.config import find_config
 from headrace.demo_tour import Tour, TourFailed
 from headrace.settings import settings
 
@@ -65,13 +66,13 @@ class _Demo:
             data_dir=self._data,
             host=_HOST,
             port=port,
-            config=known.config,
+            config=find_config(None, known.config),
             replicas=roles.parse_replicas([]),
             admin_key=known.admin_key.get_secret_value() if known.admin_key else None,
             drain_seconds=2.0,
         )
         self._console.print(
-            f"[bold]Starting[/] Apache Kafka, Valkey, ClickHouse's engine, seven roles and a model in {self._data} …"
+            f"[bold]Starting[/] Apache Kafka, Valkey, ClickHouse's engine, eight roles and a model in {self._data} …"
         )
         if self._console.is_terminal:
             self._status = self._console.status("starting")

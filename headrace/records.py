@@ -169,6 +169,28 @@ def slug(name: str) -> str:
     return made
 
 
+def has(text: str | None, *fields: str) -> bool:
+    """Whether a search finds its text, in either case, in one of the fields."""
+    return text is None or any(text.lower() in field.lower() for field in fields)
+
+
+def is_wanted(
+    record: App | Key | User, text: str | None, enabled: bool | None, *, app: str | None = None,
+    owner_id: str | None = None, role: str | None = None,
+) -> bool:  # fmt: skip
+    """Whether a list shows a record: what is None does not matter, and `text` is looked for in its names."""
+    if enabled not in (None, record.enabled):
+        return False
+    match record:
+        case App(id=id_, name=name):
+            return has(text, id_, name)
+        case Key(id=id_, name=name):
+            return app in (None, record.app) and owner_id in (None, record.owner_id) and has(text, id_, name)
+        case User(id=id_, name=name):
+            mine = (app is None or app in record.apps) and role in (None, record.role)
+            return mine and has(text, id_, record.email, name)
+
+
 def new_app(body: AppCreate) -> App:
     """The record of a new app. Raises `InvalidRequest`."""
     return App(

@@ -15,9 +15,6 @@ from ingress.services import Services
 from ingress.signin.tokens import is_token
 from schemas.control import Key, Model
 
-NEW_APP_S = 0.5
-"""How long the first request of a new app's key waits for its app."""
-
 
 async def authenticate(request: Request) -> Principal:
     """Who calls. Raises `Unauthorized`, `Forbidden`, or `Unavailable` while the registry is not complete."""
@@ -35,8 +32,8 @@ async def authenticate(request: Request) -> Principal:
     snapshot = services.registry.snapshot
     if key is not None and key.app not in snapshot.apps:
         # The key is asked of Redis, apps are followed: one that was made a moment ago is not known here yet.
-        await services.registry.moved(snapshot.version, NEW_APP_S)
-    refused = key_refusal(key, services.registry.snapshot.apps, time.time())
+        snapshot = await services.registry.confirmed()
+    refused = key_refusal(key, snapshot.apps, time.time())
     if refused is not None or key is None:
         raise refused or Unauthorized("The API key is not known.")
     return Principal.of_key(key)

@@ -74,13 +74,18 @@ class GuardedRoute(APIRoute):
             return handler
 
         async def guard(request: Request) -> Response:
-            principal = await authenticate(request)
-            if not principal.may(permission):
-                raise _refusal(principal, permission)
-            request.state.principal = principal
+            request.state.principal = await admitted(request, permission)
             return await handler(request)
 
         return guard
+
+
+async def admitted(request: Request, permission: Permission) -> Principal:
+    """Who asks, if that may do this. Raises as `authenticate` does, and `Forbidden`."""
+    principal = await authenticate(request)
+    if not principal.may(permission):
+        raise _refusal(principal, permission)
+    return principal
 
 
 def _refusal(principal: Principal, permission: Permission) -> Forbidden:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import zlib
 from collections.abc import AsyncGenerator
 from typing import NamedTuple
@@ -10,13 +11,16 @@ from typing import NamedTuple
 import msgspec
 import structlog
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaError
 
 from headrace import metrics
 from ingress.streams import Stream
 from topics import frames
 from topics.catalogue import REPLIES
-from topics.clients import LogReader, close, make_consumer
+from topics.clients import LogReader, Producer, close, make_consumer
 from topics.cluster import Cluster
+from topics.dead_letters import bury
+from topics.record import Record
 
 log = structlog.get_logger(__name__)
 
@@ -35,10 +39,12 @@ def own_partition(instance: str) -> int:
 class ReplyReader:
     """Reads this instance's partition from its end on, and hands each delta to the streams that wait for it."""
 
-    def __init__(self, cluster: Cluster, instance: str) -> None:
+    def __init__(self, cluster: Cluster, instance: str, producer: Producer) -> None:
         self.partition = own_partition(instance)
         self.ready = False
         """Whether the end of the partition is known: answers to requests published from now on will be seen."""
+        self._producer = producer
+        self._burying: set[asyncio.Task[None]] = set()
         self._consumer = make_consumer(cluster, f"{instance}-replies")
         self._streams: dict[bytes, list[Stream]] = {}
         self._open: set[Stream] = set()
@@ -91,7 +97,7 @@ class ReplyReader:
                 batches = await self._consumer.getmany(timeout_ms=5000)
                 for records in batches.values():
                     for record in records:
-                        self._dispatch(record.value or b"", record.offset)
+                        self._dispatch(record)
                 if batches:
                     metrics.REPLY_LAG.set(max(0, (self._consumer.highwater(tp) or 0) - records[-1].offset - 1))
                     # Callers write between two batches, so that a full broker buffer cannot starve them.
@@ -100,11 +106,14 @@ class ReplyReader:
             self.ready = False
             await close("replies", self._consumer.stop())
 
-    def _dispatch(self, value: bytes, offset: int) -> None:
+    def _dispatch(self, record: Record) -> None:
         try:
-            deltas = frames.decode(value)
+            deltas = frames.decode(record.value or b"")
         except msgspec.MsgspecError as error:
-            log.error("unreadable", topic=REPLIES.name, partition=self.partition, offset=offset, error=str(error))
+            # Not awaited: nobody's tokens wait for a dead letter.
+            task = asyncio.create_task(self._bury(record, str(error)))
+            self._burying.add(task)
+            task.add_done_callback(self._burying.discard)
             return
         streams = self._streams
         for delta in deltas:
@@ -112,6 +121,12 @@ class ReplyReader:
             if waiting is not None:
                 for stream in waiting:
                     stream.push(delta)
+
+    async def _bury(self, record: Record, reason: str) -> None:
+        try:
+            await bury(self._producer, record, reason=reason, role="ingress")
+        except KafkaError as error:
+            log.error("not_buried", topic=REPLIES.name, offset=record.offset, reason=reason, error=repr(error))
 
 
 class Replayed(NamedTuple):
@@ -139,5 +154,6 @@ async def replay(cluster: Cluster, partition: int, since_ms: int, rid: bytes) ->
             for records in batches.values():
                 for record in records:
                     if rid in (record.value or b""):
-                        found += [delta for delta in frames.decode(record.value) if delta.rid == rid]
-            yield Replayed(found, await reader.consumer.position(tp) >= end)
+                        with contextlib.suppress(msgspec.MsgspecError):  # Who reads the partition buries it.
+                            found += [delta for delta in frames.decode(record.value) if delta.rid == rid]
+            yield Replayed(found, await reader.position(tp) >= end)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Header, Query, Request
 from starlette.responses import JSONResponse, Response
@@ -17,8 +17,24 @@ from ingress import guard
 from ingress.auth import asking_key
 from ingress.guard import Who
 from ingress.services import Services
+from schemas.usage import UsageRows
 
 router = guard.router(tags=["usage"])
+HAS_MORE = "x-hr-has-more"
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": UsageRows,
+        "description": "What was used; as CSV with a line of names.",
+        "content": {"text/csv": {"schema": {"type": "string"}}},
+        "headers": {
+            HAS_MORE: {
+                "description": "Of CSV: whether there are rows beyond the limit.",
+                "schema": {"type": "string", "enum": ["true", "false"]},
+            }
+        },
+    }
+}
+"""The answer of both endpoints, for OpenAPI: rows are sent as ClickHouse gave them, without being checked again."""
 
 SPAN = timedelta(days=30)
 From = Annotated[datetime | None, Query(alias="from", description="Begin, ISO 8601; default 30 days before `to`.")]
@@ -27,7 +43,7 @@ Accept = Annotated[str, Header(include_in_schema=False)]
 Limit = Annotated[int, Query(ge=1, le=10_000, description="Most rows.")]
 
 
-@router.get("/v1/usage")
+@router.get("/v1/usage", responses=ANSWER)
 @guard.needs(Permission.USAGE_OWN)
 async def own_usage(
     request: Request,
@@ -66,13 +82,14 @@ def asked(
 def rendered(query: UsageQuery, answer: UsageAnswer, form: str | None, accept: str) -> Response:
     """The answer as JSON, or as CSV where the caller asks for it."""
     if form == "csv" or (form is None and "text/csv" in accept):
-        return Response(answer.csv(), media_type="text/csv")
+        return Response(answer.csv(), media_type="text/csv", headers={HAS_MORE: str(answer.has_more).lower()})
     return JSONResponse(
         {
             "object": "list",
             "from": query.begin.isoformat(),
             "to": query.end.isoformat(),
             "bucket": query.bucket.value,
+            "has_more": answer.has_more,
             "data": answer.dicts(),
         }
     )

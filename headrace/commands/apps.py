@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -18,14 +19,18 @@ from headrace.commands.records import (
     Budget,
     Concurrency,
     DataDir,
+    OnlyEnabled,
     Reason,
     Rpm,
+    Search,
     Tpm,
     body,
     change,
     create,
     limit,
     limits,
+    merged,
+    pair,
     print_json,
     print_one,
     read,
@@ -40,6 +45,15 @@ from schemas.control import MAX_WEIGHT, MIN_WEIGHT, App
 _WEIGHT = "Its share of a model that several apps wait for."
 Which = Annotated[str, typer.Argument(metavar="ID", help="The app.")]
 Weight = Annotated[float | None, typer.Option("--weight", help=_WEIGHT, min=MIN_WEIGHT, max=MAX_WEIGHT)]
+Publishers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--publisher", metavar="NAME=KEY", help="Ed25519 public key in base64, or a PEM file of it; may be repeated."
+    ),
+]
+ByteRate = Annotated[
+    int | None, typer.Option("--producer-byte-rate", min=1, help="Bytes a second of its publishers, on each broker.")
+]
 
 
 def group() -> typer.Typer:
@@ -58,17 +72,23 @@ def new(
     tpm: Tpm = None,
     concurrency: Concurrency = None,
     monthly_budget: Budget = None,
+    publisher: Publishers = None,
+    producer_byte_rate: ByteRate = None,
+    reason: Reason = "",
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """Create an app."""
-    caps = limits(rpm, tpm, concurrency, monthly_budget)
-    app = records.new_app(body(AppCreate, {"id": app_id, "name": name or app_id, "weight": weight, **caps}))
+    fields = {
+        "id": app_id, "name": name or app_id, "weight": weight, "producer_byte_rate": producer_byte_rate,
+        "publishers": dict(map(_publisher, publisher or ())), **limits(rpm, tpm, concurrency, monthly_budget),
+    }  # fmt: skip
+    app = records.new_app(body(AppCreate, fields))
 
     async def work(client: ControlClient) -> App | None:
         if app_id in (await client.read()).apps:
             return None
-        await create(client, app)
+        await create(client, app, reason=reason)
         return (await client.read()).apps[app_id]
 
     made = with_client(data_dir, work)
@@ -80,13 +100,16 @@ def new(
     return None
 
 
-def list_all(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+def list_all(
+    enabled: OnlyEnabled = None, search: Search = None, as_json: AsJson = False, data_dir: DataDir = None
+) -> None:
     """List apps, with the number of their enabled keys."""
     plane = read(data_dir)
+    apps = [app for app in plane.apps.values() if records.is_wanted(app, search, enabled)]
     if as_json:
-        return print_json([records.app_view(app) for app in plane.apps.values()])
+        return print_json([records.app_view(app) for app in apps])
     table = table_of("app", "name", "weight", "keys", "rpm", "tpm", "at once", "budget", "enabled")
-    for found in plane.apps.values():
+    for found in apps:
         count = sum(key.app == found.id and key.enabled for key in plane.keys.values())
         caps = map(limit, (found.rate_limit_rpm, found.rate_limit_tpm, found.concurrency_limit, found.monthly_budget))
         table.add_row(found.id, found.name, f"{found.weight:g}", str(count), *caps, yes(found.enabled))
@@ -111,16 +134,11 @@ def update(
     tpm: Tpm = None,
     concurrency: Concurrency = None,
     monthly_budget: Budget = None,
-    publisher: Annotated[
-        list[str] | None,
-        typer.Option("--publisher", metavar="NAME=KEY", help="Ed25519 public key in base64, or a PEM file of it."),
-    ] = None,
+    publisher: Publishers = None,
     without_publisher: Annotated[
         list[str] | None, typer.Option("--without-publisher", metavar="NAME", help="Take a publisher's key away.")
     ] = None,
-    producer_byte_rate: Annotated[
-        int | None, typer.Option("--producer-byte-rate", min=1, help="Bytes a second of its publishers.")
-    ] = None,
+    producer_byte_rate: ByteRate = None,
     reason: Reason = "",
     as_json: AsJson = False,
     data_dir: DataDir = None,
@@ -128,14 +146,14 @@ def update(
     """Change an app, in force at once."""
     caps = limits(rpm, tpm, concurrency, monthly_budget)
     changes = {"name": name, "weight": weight, "enabled": enabled, "producer_byte_rate": producer_byte_rate, **caps}
-    if publisher or without_publisher:
-        found = read(data_dir).apps.get(app_id)
-        held = found.publishers if found is not None else {}
-        kept = {key_id: key for key_id, key in held.items() if key_id not in (without_publisher or ())}
-        changes["publishers"] = kept | dict(_publisher(text) for text in publisher or ())
-    patch = body(AppPatch, changes)
-    if not patch.model_fields_set:
+    added, keys = list(map(_publisher, publisher or ())), bool(publisher or without_publisher)
+    if not body(AppPatch, changes).model_fields_set and not keys:
         raise stop("say what to change, as --name or --weight; see --help")
+
+    def patch(before: App) -> AppPatch:
+        held = {"publishers": merged(before.publishers, added, without_publisher)} if keys else {}
+        return body(AppPatch, changes | held)
+
     after = _change(data_dir, app_id, patch, reason)
     if as_json:
         return print_json(records.app_view(after))
@@ -145,18 +163,18 @@ def update(
 
 def disable(app_id: Which, reason: Reason = "disabled", as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Disable an app: its keys are refused at once, its answers end. Its id stays its own."""
-    after = _change(data_dir, app_id, AppPatch(enabled=False), reason)
+    after = _change(data_dir, app_id, lambda _: AppPatch(enabled=False), reason)
     if as_json:
         return print_json(records.app_view(after))
     typer.echo(f"disabled app {app_id}")
     return None
 
 
-def _change(data_dir: DataDir, app_id: str, patch: AppPatch, reason: str) -> App:
+def _change(data_dir: DataDir, app_id: str, patch: Callable[[App], AppPatch], reason: str) -> App:
     _, after = change(
         data_dir,
         lambda plane: plane.apps.get(app_id),
-        lambda before, _: records.changed_app(before, patch),
+        lambda before, _: records.changed_app(before, patch(before)),
         missing=_missing(app_id),
         reason=reason,
     )
@@ -165,9 +183,7 @@ def _change(data_dir: DataDir, app_id: str, patch: AppPatch, reason: str) -> App
 
 def _publisher(text: str) -> tuple[str, str]:
     """The id and the public key, base64, of `NAME=KEY`; the key itself, or a PEM file of it."""
-    key_id, _, key = text.partition("=")
-    if not key_id or not key:
-        raise stop(f"{text!r}: write NAME=KEY")
+    key_id, key = pair(text, "NAME=KEY")
     path = Path(key)
     if not path.is_file():
         return key_id, key

@@ -21,7 +21,6 @@ from headrace.local import resolve
 from headrace.settings import Settings
 from headrace.sql import drawn
 from schemas.audit import AuditEvent
-from topics.clients import Producer
 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
@@ -39,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 def show(
     since: Annotated[str | None, typer.Option(help="Only from then on: 90m, 12h, 7d, or a time of ISO 8601.")] = None,
-    actor: Annotated[str, typer.Option(help="Only by this actor, such as 'key admin'.")] = "",
+    actor: Annotated[str, typer.Option(help="Only by this actor (all of it), such as 'headrace command line'.")] = "",
     kind: Annotated[str, typer.Option(help="Only about this kind: keys, apps, models, requests, …")] = "",
     key: Annotated[str, typer.Option(help="Only about the one with this name or id.")] = "",
     limit: Annotated[int, typer.Option(help="Show at most this many, the newest.", min=1)] = 50,
@@ -74,8 +73,7 @@ def _since_ms(text: str | None, now: datetime) -> int:
 
 
 async def _read(conf: Settings, wanted: Filter, limit: int) -> list[AuditEvent]:
-    async with Producer(conf.kafka, f"{conf.instance}-audit") as producer:
-        await audit.record(producer, audit.note("read", "audit", "events", actor=ACTOR, **wanted.said()))
+    await audit.record_alone(conf, audit.note("read", "audit", "events", actor=ACTOR, **wanted.said()))
     found: list[AuditEvent] = []
     before: int | None = None
     while True:

@@ -14,12 +14,9 @@ from headrace.apply import apply_config
 from headrace.commands import apps, keys, prices, users
 from headrace.commands.failures import plain_failures
 from headrace.commands.records import DataDir, read, table_of
-from headrace.config import ConfigError, load_config
+from headrace.config import ConfigError, find_config, load_config
 from headrace.errors import HeadraceError
 from headrace.local import resolve
-from headrace.settings import Settings
-
-DEFAULT_CONFIG = Path("headrace.toml")
 
 
 def register(app: typer.Typer) -> None:
@@ -41,16 +38,11 @@ def apply(
     """Put what headrace.toml says into force, and wait until it is."""
     with plain_failures(HeadraceError, ConfigError):
         conf = resolve(data_dir)
-        path = config_path(config, conf)
+        path = find_config(config, conf.config)
         found = load_config(path, ollama_models=conf.ollama_models, ollama_base_url=conf.ollama_base_url)
         done = asyncio.run(apply_config(conf, found, admin_key=api_keys.find_admin_key(conf)))
     for line in done or ["nothing to do"]:
         typer.echo(line)
-
-
-def config_path(given: Path | None, settings: Settings) -> Path | None:
-    """The file to read: the given one, else that of HEADRACE_CONFIG, else ./headrace.toml; None when there is none."""
-    return given or settings.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
 
 
 def list_providers(data_dir: DataDir = None) -> None:

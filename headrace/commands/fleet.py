@@ -240,7 +240,10 @@ def workers(as_json: AsJson = False, data_dir: DataDir = None) -> None:
         return _json(views)
     table = _table("worker", "pool", "status", "heard", "running", "memory", "models")
     for view in views:
-        memory = (f"{units.size(one.held_bytes)} of {units.size(one.bytes)} ({one.id})" for one in view.devices)
+        memory = (
+            f"{units.size(one.held_bytes)} of {units.size(one.bytes)} ({one.id}{_busy(one.utilisation)})"
+            for one in view.devices
+        )
         table.add_row(
             view.id,
             view.pool,
@@ -252,6 +255,10 @@ def workers(as_json: AsJson = False, data_dir: DataDir = None) -> None:
         )
     typer.echo(drawn(table))
     return None
+
+
+def _busy(utilisation: float | None) -> str:
+    return f", {utilisation:.0%} busy" if utilisation is not None else ""
 
 
 def leases(context: typer.Context, as_json: AsJson = False, data_dir: DataDir = None) -> None:

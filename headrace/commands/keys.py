@@ -15,8 +15,11 @@ from headrace.commands.records import (
     Budget,
     Concurrency,
     DataDir,
+    OnlyApp,
+    OnlyEnabled,
     Reason,
     Rpm,
+    Search,
     Tpm,
     body,
     change,
@@ -88,12 +91,19 @@ def new(
 
 
 def list_all(
-    app: Annotated[str | None, typer.Option("--app", help="Only those of this app.")] = None,
+    app: OnlyApp = None,
+    owner: Owner = None,
+    enabled: OnlyEnabled = None,
+    search: Search = None,
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
     """List keys; never their text."""
-    views = [records.key_view(key) for key in read(data_dir).keys.values() if app in (None, key.app)]
+    views = [
+        records.key_view(key)
+        for key in read(data_dir).keys.values()
+        if records.is_wanted(key, search, enabled, app=app, owner_id=owner)
+    ]
     if as_json:
         return print_json(views)
     table = table_of("key", "name", "app", "role", "models", "rpm", "tpm", "at once", "budget", "expires", "enabled")

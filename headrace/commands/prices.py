@@ -14,6 +14,8 @@ from headrace.commands.failures import stop
 from headrace.commands.records import (
     ACTOR,
     AsJson,
+    Cached,
+    Currency,
     DataDir,
     Reason,
     body,
@@ -45,10 +47,8 @@ def set_price(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Id of the model.")],
     input_price: Annotated[str, typer.Option("--input", metavar="MONEY", help="A million prompt tokens.")],
     output: Annotated[str, typer.Option("--output", metavar="MONEY", help="A million completion tokens.")],
-    cached: Annotated[
-        str | None, typer.Option("--cached", metavar="MONEY", help="A million cached prompt tokens; as --input.")
-    ] = None,
-    currency: Annotated[str | None, typer.Option("--currency", help="Default: USD.")] = None,
+    cached: Cached = None,
+    currency: Currency = None,
     start: Annotated[str | None, typer.Option("--from", metavar="TIME", help="From then on; default: now.")] = None,
     reason: Reason = "",
     as_json: AsJson = False,

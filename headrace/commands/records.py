@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,7 +22,7 @@ from schemas.control import ABSENT, Record, digest
 
 ACTOR = "headrace command line"
 NONE = "none"
-"""What takes a limit away."""
+"""What takes a value away, as a limit, or all of a list."""
 
 DataDir = Annotated[
     Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
@@ -37,7 +37,17 @@ Concurrency = Annotated[
 Budget = Annotated[
     str | None, typer.Option("--monthly-budget", metavar="MONEY", help="For a calendar month (UTC); none for none.")
 ]
-Disabled = Annotated[bool, typer.Option("--disabled", help="Show those too that are disabled.")]
+Cached = Annotated[
+    str | None, typer.Option("--cached", metavar="MONEY", help="A million cached prompt tokens; as --input.")
+]
+Currency = Annotated[str | None, typer.Option("--currency", help="Default: USD.")]
+OnlyApp = Annotated[str | None, typer.Option("--app", help="Only those of this app.")]
+OnlyEnabled = Annotated[
+    bool | None, typer.Option("--enabled/--disabled", help="Only those that are enabled, or that are not.")
+]
+Search = Annotated[
+    str | None, typer.Option("--search", "-q", metavar="TEXT", help="Only those in whose names this text is.")
+]
 T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 Kept = TypeVar("Kept", bound=Record)
@@ -60,8 +70,11 @@ def read(data_dir: Path | None) -> ControlPlane:
 
 
 def body(model: type[Body], fields: Mapping[str, Any]) -> Body:
-    """The body that the admin API would be sent; fields that are None are left out, `none` is null."""
-    given = {name: None if value == NONE else value for name, value in fields.items() if value is not None}
+    """The body that the admin API would be sent; fields that are None are left out, `none` is null.
+
+    In an option that may be repeated, `none` alone is the empty list.
+    """
+    given = {name: _given(value) for name, value in fields.items() if value is not None}
     try:
         return model.model_validate(given)
     except ValidationError as error:
@@ -69,11 +82,30 @@ def body(model: type[Body], fields: Mapping[str, Any]) -> Body:
         raise stop("; ".join(said)) from None
 
 
+def _given(value: object) -> object:
+    if value == [NONE]:
+        return []
+    return None if value == NONE else value
+
+
 def limits(rpm: str | None, tpm: str | None, concurrency: str | None, budget: str | None = None) -> dict[str, Any]:
     """The limits among the fields of a body."""
     return {
         "rate_limit_rpm": rpm, "rate_limit_tpm": tpm, "concurrency_limit": concurrency, "monthly_budget": budget,
     }  # fmt: skip
+
+
+def pair(text: str, form: str = "NAME=VALUE") -> tuple[str, str]:
+    """The two sides of the first equals sign; `form` is how they are to be written."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise stop(f"{text!r}: write {form}")
+    return name, value
+
+
+def merged(held: Mapping[str, str], added: Iterable[tuple[str, str]], without: Sequence[str] | None) -> dict[str, str]:
+    """What is held without some of its names, and with what is added."""
+    return {name: value for name, value in held.items() if name not in (without or ())} | dict(added)
 
 
 async def create(client: ControlClient, record: Record, *, reason: str = "") -> None:

@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from headrace import audit
 from headrace.commands.failures import plain_failures, stop
+from headrace.commands.records import ACTOR
 from headrace.control_client import control_client
 from headrace.errors import HeadraceError
 from headrace.local import resolve
@@ -125,6 +127,17 @@ async def _accesses(conf: Settings, named: list[str] | None) -> list[Access]:
 
 async def _set(conf: Settings, wanted: list[Access], new_passwords: bool) -> list[str]:
     done = []
+    await audit.record_alone(
+        conf,
+        *(
+            audit.note(
+                "apply", "access", access.app, actor=ACTOR, outcome="asked", user=access.user,
+                may="publish" if access.given else "nothing",
+                password="new" if new_passwords and access.given else "kept",
+            )
+            for access in wanted
+        ),
+    )  # fmt: skip
     async with admin_client(conf.kafka, "topics-acls") as admin:
         for access in wanted:
             await apply_access(admin, access)

@@ -16,13 +16,16 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def up(
-        config: Path | None = typer.Option(None, help="headrace.toml; without it the built-in model is served."),
+        config: Path | None = typer.Option(
+            None, help="Default: $HEADRACE_CONFIG, ./headrace.toml, the built-in model."
+        ),
         data_dir: Path = typer.Option(_DATA_DIR, envvar="HEADRACE_DATA_DIR", help="Where the stack keeps its data."),
         host: str = typer.Option("127.0.0.1", help="Address the API listens on."),
         port: int = typer.Option(8000, min=0, max=65535, help="Port of the API; 0 takes a free one."),
         replicas: list[str] = typer.Option([], help="ROLE=N, more processes of a role; may be given several times."),
     ) -> None:
         """Run the whole stack in the foreground until Ctrl-C; prints `ready http://HOST:PORT` when it serves."""
+        from headrace.config import find_config
         from headrace.production import faults
         from headrace.settings import settings
 
@@ -40,7 +43,7 @@ def register(app: typer.Typer) -> None:
                 data_dir=data_dir,
                 host=host,
                 port=port,
-                config=config or known.config,
+                config=find_config(config, known.config),
                 replicas=roles.parse_replicas(replicas),
                 admin_key=known.admin_key.get_secret_value() if known.admin_key else None,
                 jwt_secret=known.jwt_secret.get_secret_value() if known.jwt_secret else None,

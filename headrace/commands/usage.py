@@ -49,6 +49,8 @@ def usage(
         names = tuple(name.strip() for name in by.split(",") if name.strip())
         query = UsageQuery(since, until, bucket, names, filters, limit)
         answer = asyncio.run(_ask(resolve(data_dir), query))
+    if answer.has_more:
+        typer.echo(f"there are more than {limit} rows; --limit shows more of them", err=True)
     if form is sql.Format.CSV:
         typer.echo(answer.csv(), nl=False)
     else:

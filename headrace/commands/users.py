@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 import typer
 import uuid_utils
 from rich.console import Console
 
-from headrace import passwords, records
-from headrace.commands.failures import stop
+from headrace import audit, passwords, records
+from headrace.commands.failures import plain_failures, stop
 from headrace.commands.records import (
+    ACTOR,
     AsJson,
     DataDir,
+    OnlyApp,
+    OnlyEnabled,
     Reason,
+    Search,
     ask_password,
     body,
     change,
@@ -26,12 +31,16 @@ from headrace.commands.records import (
     yes,
 )
 from headrace.control_client import ControlClient, ControlPlane
+from headrace.errors import HeadraceError
+from headrace.local import resolve
 from schemas.admin_records import UserCreate, UserPatch
 from schemas.control import User
 
 Which = Annotated[str, typer.Argument(metavar="USER", help="Id or e-mail address.")]
 Role = Annotated[str | None, typer.Option("--role", help="owner, admin, member or viewer.")]
-Apps = Annotated[list[str] | None, typer.Option("--app", help="App that the user belongs to; may be repeated.")]
+Apps = Annotated[
+    list[str] | None, typer.Option("--app", help="App that it belongs to; may be repeated; none for none.")
+]
 Name = Annotated[str | None, typer.Option("--name", help="Name for people.")]
 
 
@@ -52,6 +61,7 @@ def new(
     app: Apps = None,
     name: Name = None,
     no_password: Annotated[bool, typer.Option("--no-password", help="One who cannot sign in (yet).")] = False,
+    reason: Reason = "",
     as_json: AsJson = False,
     data_dir: DataDir = None,
 ) -> None:
@@ -62,15 +72,27 @@ def new(
     user = records.new_user(asked, f"user-{uuid_utils.uuid7().hex[-16:]}", filed)
 
     async def work(client: ControlClient) -> User:
-        await create(client, user)
+        await create(client, user, reason=reason)
         return (await client.read()).users[user.id]
 
     print_one(records.user_view(with_client(data_dir, work)), as_json)
 
 
-def list_all(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+def list_all(
+    app: OnlyApp = None,
+    role: Role = None,
+    enabled: OnlyEnabled = None,
+    search: Search = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
     """List users."""
-    views = [records.user_view(user) for user in read(data_dir).users.values()]
+    _noted(data_dir, "all", **audit.only({"app": app, "role": role, "enabled": enabled, "q": search}))
+    views = [
+        records.user_view(user)
+        for user in read(data_dir).users.values()
+        if records.is_wanted(user, search, enabled, app=app, role=role)
+    ]
     if as_json:
         return print_json(views)
     table = table_of("user", "e-mail", "role", "apps", "signs in", "enabled")
@@ -87,6 +109,7 @@ def show(user: Which, as_json: AsJson = False, data_dir: DataDir = None) -> None
     found = _find(read(data_dir), user)
     if found is None:
         raise stop(_missing(user))
+    _noted(data_dir, found.id)
     print_one(records.user_view(found), as_json)
 
 
@@ -108,10 +131,10 @@ def update(
     _change(data_dir, user, patch, reason, as_json)
 
 
-def password(user: Which, as_json: AsJson = False, data_dir: DataDir = None) -> None:
+def password(user: Which, reason: Reason = "password set", as_json: AsJson = False, data_dir: DataDir = None) -> None:
     """Set a user's password, asked for or read from stdin. Its sessions end."""
     patch = body(UserPatch, {"password": ask_password(f"New password of {user}")})
-    _change(data_dir, user, patch, "password set", as_json)
+    _change(data_dir, user, patch, reason, as_json)
 
 
 def disable(user: Which, reason: Reason = "disabled", as_json: AsJson = False, data_dir: DataDir = None) -> None:
@@ -129,6 +152,12 @@ def _change(data_dir: DataDir, user: str, patch: UserPatch, reason: str, as_json
         reason=reason,
     )
     print_one(records.user_view(after), as_json)
+
+
+def _noted(data_dir: DataDir, which: str, **detail: str) -> None:
+    """Write down who is looked at: a name and an address are somebody's."""
+    with plain_failures(HeadraceError):
+        asyncio.run(audit.record_alone(resolve(data_dir), audit.note("read", "users", which, actor=ACTOR, **detail)))
 
 
 def _find(plane: ControlPlane, user: str) -> User | None:

@@ -8,19 +8,18 @@ from headrace import records
 from headrace.access import Permission
 from ingress import guard
 from ingress.admin.records import (
-    CHANGES,
-    CONFLICT,
-    UNKNOWN,
     After,
     Enabled,
     Limit,
     Search,
     all_of,
     change,
+    changes,
     create,
-    has,
+    makes,
     one_of,
     page,
+    shows,
     tag,
 )
 from ingress.services import Services
@@ -30,7 +29,7 @@ from schemas.control import App
 router = guard.router(prefix="/admin/apps", tags=["admin: apps"])
 
 
-@router.post("", status_code=201, responses=CONFLICT)
+@router.post("", **makes())
 @guard.needs(Permission.APPS_WRITE)
 async def create_app(request: Request, body: AppCreate, response: Response) -> AppView:
     """Make an app; its `id` is made of the name where none is given. The same again is the same app."""
@@ -48,16 +47,12 @@ async def list_apps(
 ) -> AppViews:
     """Apps, by id."""
     services: Services = request.app.state.services
-    found = [
-        app
-        for app in await all_of(services, App)
-        if (enabled is None or app.enabled is enabled) and has(q, app.id, app.name)
-    ]
+    found = [app for app in await all_of(services, App) if records.is_wanted(app, q, enabled)]
     part = page(found, lambda app: app.id, limit, after)
     return AppViews(data=[records.app_view(app) for app in part.items], has_more=part.has_more, last_id=part.last_id)
 
 
-@router.get("/{app_id}", responses=UNKNOWN)
+@router.get("/{app_id}", **shows())
 @guard.needs(Permission.APPS_READ)
 async def get_app(request: Request, app_id: str, response: Response) -> AppView:
     """One app."""
@@ -66,7 +61,7 @@ async def get_app(request: Request, app_id: str, response: Response) -> AppView:
     return records.app_view(found)
 
 
-@router.patch("/{app_id}", responses=CHANGES)
+@router.patch("/{app_id}", **changes())
 @guard.needs(Permission.APPS_WRITE)
 async def update_app(request: Request, app_id: str, body: AppPatch, response: Response) -> AppView:
     """Change an app; in force when this answers."""
@@ -78,7 +73,7 @@ async def update_app(request: Request, app_id: str, body: AppPatch, response: Re
     return records.app_view(made)
 
 
-@router.delete("/{app_id}", responses=CHANGES)
+@router.delete("/{app_id}", **changes())
 @guard.needs(Permission.APPS_WRITE)
 async def disable_app(request: Request, app_id: str, response: Response) -> AppView:
     """Disable an app: its keys are refused at once, its answers end. Its record stays: nobody else gets its id."""

@@ -9,6 +9,7 @@ from headrace.access import Permission
 from headrace.control_client import command
 from headrace.errors import InvalidRequest
 from ingress import guard
+from ingress.admin.records import After, Limit, page
 from ingress.guard import Who
 from ingress.services import Services
 from schemas.control import Erasure
@@ -17,12 +18,21 @@ from schemas.operate import ErasureView, ErasureViews, ErasureWanted
 router = guard.router(prefix="/admin/erasures", tags=["admin: erasures"])
 
 
+LAST_MS = 10**14
+"""Later than any erasure (Unix ms)."""
+
+
 @router.get("")
 @guard.needs(Permission.ERASURES_READ)
-async def list_erasures(request: Request) -> ErasureViews:
-    """All erasures that were ever asked for."""
+async def list_erasures(request: Request, limit: Limit = 100, after: After = None) -> ErasureViews:
+    """All erasures that were ever asked for, the newest first."""
     services: Services = request.app.state.services
-    return ErasureViews(data=[view(one) for one in await services.erasures.all()])
+    part = page(await services.erasures.all(), _newest_first, limit, after)
+    return ErasureViews(data=[view(one) for one in part.items], has_more=part.has_more, last_id=part.last_id)
+
+
+def _newest_first(one: Erasure) -> str:
+    return f"{LAST_MS - one.asked_ms:015}/{one.subject}"
 
 
 @router.post("", status_code=202)
@@ -36,9 +46,8 @@ async def erase(request: Request, wanted: ErasureWanted, who: Who) -> ErasureVie
         raise InvalidRequest("Name one of user, app and request.")
     await services.control.submit([command(asked[0], actor=who.actor, reason=wanted.reason)])
     mine = (asked[0].subject, asked[0].id if asked[0].kind == "user" else None)
-    return ErasureViews(
-        data=[view(one) for one in await services.erasures.all() if one.subject == mine[0] or one.of == mine[1]]
-    )
+    found = [one for one in await services.erasures.all() if one.subject == mine[0] or one.of == mine[1]]
+    return ErasureViews(data=[view(one) for one in found], has_more=False, last_id=None)
 
 
 def view(one: Erasure) -> ErasureView:

@@ -9,9 +9,6 @@ from headrace.access import Permission, check_change, check_grant
 from headrace.errors import NotFound
 from ingress import guard
 from ingress.admin.records import (
-    CHANGES,
-    CONFLICT,
-    UNKNOWN,
     After,
     Enabled,
     Limit,
@@ -19,9 +16,11 @@ from ingress.admin.records import (
     Text,
     all_of,
     change,
+    changes,
     create,
-    has,
+    makes,
     page,
+    shows,
     tag,
 )
 from ingress.guard import Who
@@ -39,7 +38,7 @@ async def _find(services: Services, key_id: str) -> Key:
     return found
 
 
-@router.post("", status_code=201, responses=CONFLICT)
+@router.post("", **makes())
 @guard.needs(Permission.KEYS_WRITE)
 async def create_key(request: Request, body: KeyCreate, who: Who, response: Response) -> KeyMade:
     """Make a key. It works, on every replica, when this answers; `key` is its text, this once."""
@@ -63,18 +62,13 @@ async def list_keys(
     """Keys, by id; revoked ones too."""
     services: Services = request.app.state.services
     found = [
-        key
-        for key in await all_of(services, Key)
-        if (app is None or key.app == app)
-        and (owner_id is None or key.owner_id == owner_id)
-        and (enabled is None or key.enabled is enabled)
-        and has(q, key.id, key.name)
+        key for key in await all_of(services, Key) if records.is_wanted(key, q, enabled, app=app, owner_id=owner_id)
     ]
     part = page(found, lambda key: key.id, limit, after)
     return KeyViews(data=[records.key_view(key) for key in part.items], has_more=part.has_more, last_id=part.last_id)
 
 
-@router.get("/{key_id}", responses=UNKNOWN)
+@router.get("/{key_id}", **shows())
 @guard.needs(Permission.KEYS_READ)
 async def get_key(request: Request, key_id: str, response: Response) -> KeyView:
     """One key."""
@@ -83,7 +77,7 @@ async def get_key(request: Request, key_id: str, response: Response) -> KeyView:
     return records.key_view(found)
 
 
-@router.patch("/{key_id}", responses=CHANGES)
+@router.patch("/{key_id}", **changes())
 @guard.needs(Permission.KEYS_WRITE)
 async def update_key(request: Request, key_id: str, body: KeyPatch, response: Response) -> KeyView:
     """Change a key; in force when this answers."""
@@ -99,7 +93,7 @@ async def update_key(request: Request, key_id: str, body: KeyPatch, response: Re
     return records.key_view(made)
 
 
-@router.delete("/{key_id}", responses=CHANGES)
+@router.delete("/{key_id}", **changes())
 @guard.needs(Permission.KEYS_WRITE)
 async def revoke_key(request: Request, key_id: str, response: Response) -> KeyView:
     """Revoke a key: refused at once, its answers end, what it has queued is cancelled. Its record stays."""

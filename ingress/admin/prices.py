@@ -14,7 +14,7 @@ from headrace.control_client import PreconditionFailed, priced
 from headrace.control_log import replay_control
 from headrace.errors import Unavailable
 from ingress import guard
-from ingress.admin.records import CHANGES, After, Limit, Text, all_of, if_match, one_of, page, reason_of, tag
+from ingress.admin.records import After, Limit, Text, all_of, changes, if_match, one_of, page, reason_of, tag
 from ingress.guard import Who
 from ingress.services import Services
 from schemas.admin_records import PriceCreate, PriceVersion, PriceVersions
@@ -58,7 +58,7 @@ def _position(after: str | None) -> str | None:
     return f"{model}/{int(version):012}" if version.isascii() and version.isdecimal() else after
 
 
-@router.post("", status_code=201, responses=CHANGES)
+@router.post("", **changes(201))
 @guard.needs(Permission.PRICES_WRITE)
 async def set_price(request: Request, body: PriceCreate, who: Who, response: Response) -> PriceVersion:
     """Give a model a price from a moment on. The same again is the same version. `If-Match` takes the model's ETag."""

@@ -24,7 +24,40 @@ CONFLICT: dict[int | str, dict[str, Any]] = {
 STALE: dict[int | str, dict[str, Any]] = {
     412: {"model": ErrorBody, "description": "`If-Match` names another version: read it again."}
 }
-CHANGES = UNKNOWN | CONFLICT | STALE
+MAX_REASON = 500
+_ETAG = {"headers": {"ETag": {"description": "The record's version, for `If-Match`.", "schema": {"type": "string"}}}}
+_REASON = {
+    "name": "x-hr-reason", "in": "header", "schema": {"type": "string", "maxLength": MAX_REASON},
+    "description": "Why; it stands in the audit trail.",
+}  # fmt: skip
+_IF_MATCH = {
+    "name": "If-Match", "in": "header", "schema": {"type": "string"},
+    "description": "The `ETag` that the change is meant for: it is refused if the record is another by now.",
+}  # fmt: skip
+
+
+def shows() -> dict[str, Any]:
+    """What a route that answers with one record is declared with."""
+    return {"responses": UNKNOWN | {200: _ETAG}}
+
+
+def makes() -> dict[str, Any]:
+    """What a route that makes a record is declared with."""
+    return {
+        "status_code": 201,
+        "responses": CONFLICT | {201: _ETAG},
+        "openapi_extra": {"parameters": [_REASON]},
+    }
+
+
+def changes(status: int = 200) -> dict[str, Any]:
+    """What a route that changes a record is declared with."""
+    return {
+        "status_code": status,
+        "responses": UNKNOWN | CONFLICT | STALE | {status: _ETAG},
+        "openapi_extra": {"parameters": [_REASON, _IF_MATCH]},
+    }
+
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="Most that are given at once.")]
 After = Annotated[str | None, Query(max_length=256, description="`last_id` of the page before.")]
@@ -32,7 +65,6 @@ Text = Annotated[str | None, Query(max_length=256)]
 Enabled = Annotated[bool | None, Query(description="Only those that are enabled, or that are not.")]
 Search = Annotated[str | None, Query(max_length=256, description="Only those in whose names this text is.")]
 
-MAX_REASON = 500
 TRIES = 5
 """Times that a change without `If-Match` is made anew because others changed the same record in between."""
 
@@ -54,11 +86,6 @@ def page(items: Sequence[T], id_of: Callable[[T], str], limit: int, after: str |
     rest = [item for item in ordered if after is None or id_of(item) > after]
     given = rest[:limit]
     return PageOf(given, len(rest) > limit, id_of(given[-1]) if given else None)
-
-
-def has(text: str | None, *fields: str) -> bool:
-    """Whether a search finds its text, in either case, in one of the fields."""
-    return text is None or any(text.lower() in field.lower() for field in fields)
 
 
 async def all_of(services: Services, kind: type[Kept]) -> list[Kept]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastapi import Request
+from fastapi import Request, Response
 
 from headrace import steer
 from headrace.access import Permission
 from ingress import guard
 from ingress.admin.models import view
-from ingress.admin.records import CONFLICT, UNKNOWN, change, one_of
+from ingress.admin.records import CONFLICT, UNKNOWN, change, changes, one_of, tag
 from ingress.guard import Who
 from ingress.services import Services
 from schemas.admin import ModelView, WishTaken
@@ -36,21 +36,21 @@ async def unload(request: Request, model_id: str, who: Who) -> WishTaken:
     return await taken(services, steer.unload(services.fleet.fleet, model, actor=who.actor))
 
 
-@router.post("/{model_id:path}/pin", responses=UNKNOWN)
+@router.post("/{model_id:path}/pin", **changes())
 @guard.needs(Permission.FLEET_STEER)
-async def pin(request: Request, model_id: str) -> ModelView:
+async def pin(request: Request, model_id: str, response: Response) -> ModelView:
     """Load a model and keep it in memory for ever; in force when this answers."""
-    return await _set_pinned(request, model_id, pinned=True)
+    return await _set_pinned(request, model_id, response, pinned=True)
 
 
-@router.post("/{model_id:path}/unpin", responses=UNKNOWN)
+@router.post("/{model_id:path}/unpin", **changes())
 @guard.needs(Permission.FLEET_STEER)
-async def unpin(request: Request, model_id: str) -> ModelView:
+async def unpin(request: Request, model_id: str, response: Response) -> ModelView:
     """Let a model give way to others again; in force when this answers."""
-    return await _set_pinned(request, model_id, pinned=False)
+    return await _set_pinned(request, model_id, response, pinned=False)
 
 
-async def _set_pinned(request: Request, model_id: str, *, pinned: bool) -> ModelView:
+async def _set_pinned(request: Request, model_id: str, response: Response, *, pinned: bool) -> ModelView:
     services: Services = request.app.state.services
     found = steer.find(services.registry.snapshot.models, model_id)
     made = await change(
@@ -59,6 +59,7 @@ async def _set_pinned(request: Request, model_id: str, *, pinned: bool) -> Model
         lambda model: steer.pin(model, pinned=pinned),
         reason="pinned" if pinned else "unpinned",
     )
+    tag(response, made)
     return await view(services, made)
 
 

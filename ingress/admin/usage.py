@@ -12,14 +12,14 @@ from headrace.access import Permission
 from headrace.errors import InvalidRequest
 from ingress import guard
 from ingress.services import Services
-from ingress.usage import Accept, From, Limit, To, asked, rendered
+from ingress.usage import ANSWER, Accept, From, Limit, To, asked, rendered
 
 router = guard.router(prefix="/admin", tags=["admin: usage"])
 
 _NAMES = ", ".join(DIMENSIONS)
 
 
-@router.get("/usage")
+@router.get("/usage", responses=ANSWER)
 @guard.needs(Permission.USAGE_READ)
 async def usage(
     request: Request,

@@ -5,13 +5,10 @@ from __future__ import annotations
 import uuid_utils
 from fastapi import Request, Response
 
-from headrace import records
+from headrace import audit, records
 from headrace.access import Permission, check_change, check_grant
 from ingress import guard
 from ingress.admin.records import (
-    CHANGES,
-    CONFLICT,
-    UNKNOWN,
     After,
     Enabled,
     Limit,
@@ -19,10 +16,12 @@ from ingress.admin.records import (
     Text,
     all_of,
     change,
+    changes,
     create,
-    has,
+    makes,
     one_of,
     page,
+    shows,
     tag,
 )
 from ingress.guard import Who
@@ -34,7 +33,7 @@ from schemas.control import User
 router = guard.router(prefix="/admin/users", tags=["admin: users"])
 
 
-@router.post("", status_code=201, responses=CONFLICT)
+@router.post("", **makes())
 @guard.needs(Permission.USERS_WRITE)
 async def create_user(request: Request, body: UserCreate, who: Who, response: Response) -> UserView:
     """Make a user, who can sign in when this answers. Only an owner makes owners and admins."""
@@ -52,33 +51,30 @@ async def create_user(request: Request, body: UserCreate, who: Who, response: Re
 @router.get("")
 @guard.needs(Permission.USERS_READ)
 async def list_users(
-    request: Request, limit: Limit = 100, after: After = None, app: Text = None, role: Text = None,
+    request: Request, who: Who, limit: Limit = 100, after: After = None, app: Text = None, role: Text = None,
     enabled: Enabled = None, q: Search = None,
 ) -> UserViews:  # fmt: skip
-    """Users, by id."""
+    """Users, by id; the look is written into the audit trail, since names and addresses are somebody's."""
     services: Services = request.app.state.services
-    found = [
-        user
-        for user in await all_of(services, User)
-        if (app is None or app in user.apps)
-        and (role is None or user.role == role)
-        and (enabled is None or user.enabled is enabled)
-        and has(q, user.id, user.email, user.name)
-    ]
+    said = audit.only({"app": app, "role": role, "enabled": enabled, "q": q})
+    await audit.record(services.producer, audit.note("read", "users", "all", actor=who.actor, **said))
+    found = [user for user in await all_of(services, User) if records.is_wanted(user, q, enabled, app=app, role=role)]
     part = page(found, lambda user: user.id, limit, after)
     return UserViews(data=[records.user_view(one) for one in part.items], has_more=part.has_more, last_id=part.last_id)
 
 
-@router.get("/{user_id}", responses=UNKNOWN)
+@router.get("/{user_id}", **shows())
 @guard.needs(Permission.USERS_READ)
-async def get_user(request: Request, user_id: str, response: Response) -> UserView:
-    """One user."""
-    found = await one_of(request.app.state.services, User, user_id)
+async def get_user(request: Request, user_id: str, who: Who, response: Response) -> UserView:
+    """One user; the look is written into the audit trail."""
+    services: Services = request.app.state.services
+    found = await one_of(services, User, user_id)
+    await audit.record(services.producer, audit.note("read", "users", user_id, actor=who.actor))
     tag(response, found)
     return records.user_view(found)
 
 
-@router.patch("/{user_id}", responses=CHANGES)
+@router.patch("/{user_id}", **changes())
 @guard.needs(Permission.USERS_WRITE)
 async def update_user(request: Request, user_id: str, body: UserPatch, response: Response) -> UserView:
     """Change a user. With another role or password all its sessions are refused when this answers."""
@@ -94,7 +90,7 @@ async def update_user(request: Request, user_id: str, body: UserPatch, response:
     return records.user_view(made)
 
 
-@router.delete("/{user_id}", responses=CHANGES)
+@router.delete("/{user_id}", **changes())
 @guard.needs(Permission.USERS_WRITE)
 async def disable_user(request: Request, user_id: str, response: Response) -> UserView:
     """Disable a user: its sessions are refused at once, its answers end. Its record stays, and so do its keys."""

@@ -18,12 +18,17 @@ def test_a_migration_puts_retention_into_force_and_takes_it_back(server: Setting
     conf = server.model_copy(update={"clickhouse_database": "retention"})
     migrate(conf)
     assert [kept(conf, table) for table in ("usage_lines_raw", "usage_days_raw", "requests_raw")] == [None, None, 400]
-    shorter = conf.model_copy(update={"retention_usage_days": 800, "retention_requests_days": 30})
+    shorter = conf.model_copy(
+        update={"retention_usage_days": 800, "retention_requests_days": 30, "retention_audit_days": 90}
+    )
     migrate(shorter)
-    tables = ("usage_lines_raw", "usage_days_raw", "usage_minutes_raw", "requests_raw", "request_events_raw")
-    assert [kept(conf, table) for table in tables] == [800, 800, 800, 30, 30]
+    tables = (
+        "usage_lines_raw", "usage_days_raw", "usage_minutes_raw", "requests_raw", "request_events_raw",
+        "audit_events_raw",
+    )  # fmt: skip
+    assert [kept(conf, table) for table in tables] == [800, 800, 800, 30, 30, 90]
     migrate(conf)
-    assert [kept(conf, table) for table in tables] == [None, None, None, 400, 400]
+    assert [kept(conf, table) for table in tables] == [None, None, None, 400, 400, 400]
 
 
 def test_usage_goes_early_only_when_that_was_said_twice(server: Settings) -> None:

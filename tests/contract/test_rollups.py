@@ -7,6 +7,7 @@ import itertools
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -247,6 +248,10 @@ async def test_questions_over_any_range_are_answered_as_python_counts(own: tuple
             )
             for key, group in groups.items()
         }
+        if len(groups) > 1:
+            for limit, more in ((len(groups) - 1, True), (len(groups), False)):
+                cut = await analytics.usage(replace(query, limit=limit))
+                assert (list(cut.rows), cut.has_more) == (list(answer.rows[:limit]), more)
     await analytics.stop()
 
 

@@ -240,6 +240,23 @@ async def test_signing_in_and_out_is_in_the_audit_trail(stack: Stack, admin: htt
     assert PASSWORD not in everything, "a password in the wrong field is in no trail"
 
 
+async def test_a_look_at_users_is_in_the_audit_trail(stack: Stack, admin: httpx.AsyncClient) -> None:
+    user = await made(admin, "users", email=f"{unique('lou')}@example.org")
+    for path in (f"/admin/users/{user['id']}", f"/admin/users?q={user['email']}"):
+        assert user["email"] in (await admin.get(path)).text
+    ran = await asyncio.to_thread(stack.run, "users", "show", user["email"])
+    assert user["email"] in ran.stdout
+
+    async def told(key: str, wanted: int) -> list[dict[str, Any]] | None:
+        found = (await admin.get(f"/admin/audit?kind=users&key={key}&action=read")).json()["data"]
+        return found if len(found) >= wanted else None
+
+    looks = await until(lambda: told(user["id"], 2), "both looks at it are in the trail")
+    assert sorted(look["actor"].split()[0] for look in looks) == ["headrace", "key"]
+    newest, *_ = await until(lambda: told("all", 1), "so is the search")
+    assert newest["detail"] == {"only_q": user["email"]}
+
+
 async def test_failed_sign_ins_make_an_account_wait_be_it_there_or_not(stack: Stack) -> None:
     email = f"{unique('nobody')}@example.org"
     async with client(stack, "none") as anybody:

@@ -12,18 +12,35 @@ import pytest
 from bench.gateway.spec import Spec
 from headrace import letters
 from headrace.letters import Letter
-from schemas.ids import new_request_id
+from schemas.ids import PublicId, new_request_id
 from tests.support.accounts import settled
 from tests.support.chat import Api, body, fresh
 from tests.support.publishing import sealed
 from tests.support.stacks import Stack
 from tests.support.waiting import until
-from topics.catalogue import CONTROL_COMMANDS, EVENTS, LOG, REPLIES, REQUESTS, ROUTED, USAGE, Topic, worker_commands
+from topics.catalogue import (
+    CANCELLATIONS,
+    CONTROL_COMMANDS,
+    EVENTS,
+    INGRESS_STATUS,
+    LOG,
+    POOL_COMMANDS,
+    PUBLISHED,
+    REPLIES,
+    REQUESTS,
+    ROUTED,
+    USAGE,
+    WORKER_STATUS,
+    Topic,
+    worker_commands,
+)
 from topics.clients import Producer
 from topics.envelope import Envelope
 
 GARBAGE = b"\x00\xff not what anybody expects {"
 CONSUMED = [REQUESTS, ROUTED, LOG, USAGE, EVENTS, CONTROL_COMMANDS, worker_commands("w1")]
+FOLLOWED = [CANCELLATIONS, WORKER_STATUS, INGRESS_STATUS, POOL_COMMANDS, PUBLISHED]
+"""Topics that are read without a group, or to tell publishers."""
 
 
 @pytest.fixture
@@ -68,13 +85,30 @@ async def test_garbage_is_kept_as_it_was_and_the_stream_goes_on(
         await until(lambda: letters_of(stack, topic, empty.partition, empty.offset), "a letter without a value", 20)
 
 
+@pytest.mark.parametrize("topic", FOLLOWED, ids=lambda topic: topic.name)
+async def test_garbage_that_somebody_follows_is_kept_too(
+    stack: Stack, api: Api, producer: Producer, topic: Topic
+) -> None:
+    at = await producer.send(topic.name, GARBAGE, key=fresh("garbage"))
+    [letter] = await until(lambda: letters_of(stack, topic, at.partition, at.offset), "its letter", 20)
+    assert (letter.value, letter.about.role) == (GARBAGE, "answers" if topic is PUBLISHED else "scheduler")
+    seen = await api.stream(body(Spec(tokens=3, interval_ms=1)))
+    assert seen.done and seen.tokens == [0, 1, 2]
+
+
 async def test_garbage_between_frames_harms_no_stream(stack: Stack, api: Api, producer: Producer) -> None:
     async with api.open(body(Spec(tokens=40, interval_ms=20))) as reader:
         await reader.until_tokens(5)
-        for partition in range(REPLIES.partitions):
-            await producer.send(REPLIES.name, GARBAGE, partition=partition)
+        sent = [
+            await producer.send(REPLIES.name, GARBAGE, partition=partition) for partition in range(REPLIES.partitions)
+        ]
         seen = await reader.rest()
     assert seen.done and seen.tokens == list(range(40))
+    public = PublicId.parse(seen.completion_id)
+    assert public is not None
+    at = next(one for one in sent if one.partition == public.reply_partition)
+    letters_there = await until(lambda: letters_of(stack, REPLIES, at.partition, at.offset), "its letter", 20)
+    assert {letter.about.role for letter in letters_there} == {"ingress"}
 
 
 async def test_a_request_whose_body_is_garbage_ends_as_rejected(stack: Stack, api: Api, producer: Producer) -> None:

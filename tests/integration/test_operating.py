@@ -220,6 +220,14 @@ async def test_what_is_erased_is_given_out_by_nobody_and_no_rebuild_brings_it_ba
         return all(one["applied"]["clickhouse"] for one in views if one["subject"] in subjects)
 
     await until(known, "it is known to be done", 20)
+    shown: list[dict[str, Any]] = []
+    part: dict[str, Any] = {"has_more": True, "last_id": ""}
+    while part["has_more"]:
+        part = (await api.get(f"/admin/erasures?limit=2&after={part['last_id']}")).json()
+        shown += part["data"]
+    listed = [one["subject"] for one in shown]
+    assert set(subjects) <= set(listed) and len(set(listed)) == len(listed)
+    assert [one["asked_ms"] for one in shown] == sorted((one["asked_ms"] for one in shown), reverse=True)
     later = await mine.api.ask(body(Spec(tokens=1, interval_ms=1)))
     assert later.status_code == 200, "what is asked later is not meant"
     assert (await mine.api.get(f"/v1/requests/{later.headers['x-request-id']}")).status_code == 200
@@ -252,6 +260,40 @@ async def test_no_tenant_reads_resumes_or_takes_over_anothers_request(stack: Sta
         assert stranger.status == 404
         whole = await reader.rest()
     assert whole.done and len(whole.tokens) == 60, "nobody else's coming and going ends it"
+
+
+async def signed_in(api: Api, app: str) -> str:
+    """The access token of a new member of an app."""
+    email, password = f"{fresh('user')}@example.org", fresh("a password")
+    made = await api.post("/admin/users", {"email": email, "password": password, "role": "member", "apps": [app]})
+    assert made.status_code == 201, made.text
+    token: str = (await api.post("/auth/token", {"email": email, "password": password})).json()["access_token"]
+    return token
+
+
+async def test_a_signed_in_user_reads_resumes_and_ends_no_request_of_an_app_that_is_not_theirs(
+    stack: Stack, api: Api, tenants: list[Tenant]
+) -> None:
+    mine, other = tenants
+    theirs, name = await signed_in(api, other.id), fresh("guarded")
+    async with Api(stack, key=await signed_in(api, mine.id)) as colleague, Api(stack, key=theirs) as stranger:
+        async with mine.api.open(body(Spec(tokens=100, interval_ms=30, id=name))) as reader:
+            seen = await reader.until_tokens(3)
+            life, stream = f"/v1/requests/{seen.request_id}", f"/v1/chat/completions/{seen.completion_id}/stream"
+            for path in (life, f"/v1/requests/{seen.completion_id}", stream):
+                for headers in ({}, {"x-hr-app": mine.id}):
+                    answer = await stranger.get(path, **headers)
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), path
+            for path in (life, stream, f"/v1/chat/completions/{seen.completion_id}"):
+                ended = await stranger.client.delete(stranger.url(path), headers={"authorization": f"Bearer {theirs}"})
+                assert ended.status_code in (404, 405), "no route ends a request by its id"
+            assert (await colleague.get(life)).json()["tenant"] == mine.id
+            resumed = await colleague.resume(seen.completion_id)
+            whole = await reader.rest()
+        assert resumed.done and resumed.tokens == whole.tokens == list(range(100)), "a member of the app may"
+        row = (await usage_rows(stack, [seen.request_id]))[seen.request_id]
+        assert (row["tenant"], row["status"]) == (mine.id, "completed")
+        assert (await stack.seen(name)).disconnects == 0
 
 
 async def test_no_secret_is_at_rest_in_plain(stack: Stack, api: Api, tenants: list[Tenant]) -> None:

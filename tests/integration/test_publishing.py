@@ -5,29 +5,24 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
-import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from bench.gateway.spec import Spec
-from deploy.embedded import java
 from headrace import letters
 from headrace.published_answers import RESULT_TYPE
 from headrace.publisher import Chunk, PublishedError, Publisher, Result
 from headrace.publisher.messages import Identity, cancel_headers, signed_headers
 from schemas.ids import new_published_id, new_request_id
+from tests.support.accounts import usage_rows
 from tests.support.chat import Api, body, fresh, numbers
 from tests.support.kafka import records
-from tests.support.publishing import publisher_headers, signed
+from tests.support.publishing import LANGUAGES, publisher_headers, run_example, signed
 from tests.support.stacks import Stack
 from tests.support.waiting import until
 from topics.catalogue import CANCELLATIONS, MAX_BODY_BYTES, REQUESTS, answers_of
@@ -35,7 +30,6 @@ from topics.clients import Producer
 from topics.outcomes import now_ms
 from topics.record import Record
 
-EXAMPLES = Path(__file__).parents[2] / "docs/examples/publishing"
 QUICK = Spec(tokens=5, interval_ms=1, ttft_ms=1)
 
 
@@ -195,6 +189,29 @@ async def test_what_a_publisher_may_not_write_is_refused_with_an_answer(
     await settled(stack)
 
 
+async def test_a_publisher_has_no_rights_of_another_apps_key(stack: Stack, shop: Shop, rival: Shop) -> None:
+    made = stack.run("keys", "create", "--name", "others", "--app", rival.app, "--json")
+    assert made.returncode == 0, made.stderr
+    key_id = json.loads(made.stdout)["id"]
+    name = fresh("borrowed")
+    asked = body(Spec(tokens=2, interval_ms=1, id=name))
+    async with rival.publisher(api_key_id=key_id) as owner:
+        assert numbers((await owner.chat(body(QUICK))).text) == list(range(5)), "the key is in force"
+    refusals = []
+    for id_ in (key_id, "key-of-nobody"):
+        async with shop.publisher(api_key_id=id_) as publisher:
+            with pytest.raises(PublishedError) as refused:
+                await publisher.chat(asked)
+        assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
+        refusals.append(refused.value)
+    assert refusals[0].message == refusals[1].message, "not even that there is one"
+    assert "hr-api-key-id" in refusals[0].message
+    assert (await stack.seen(name)).tries == []
+    rows = await usage_rows(stack, [refusal.request_id for refusal in refusals])
+    assert {(row["tenant"], row["key_id"]) for row in rows.values()} == {(shop.app, "publisher:p1")}
+    await settled(stack)
+
+
 async def test_what_nobody_proved_to_have_written_goes_to_the_dead_letters_and_is_answered_to_nobody(
     stack: Stack, api: Api, shop: Shop, rival: Shop, producer: Producer
 ) -> None:
@@ -317,29 +334,79 @@ async def test_a_publisher_cancels_its_own_requests_and_nobody_elses(
     await settled(stack)
 
 
-@pytest.mark.parametrize("language", ["python", "java", "go"])
+async def test_a_publisher_keeps_to_the_limits_of_its_app(stack: Stack) -> None:
+    shop = Shop(stack, "limited")
+    assert stack.run("apps", "update", shop.app, "--rpm", "2", "--concurrency", "1").returncode == 0
+    async with shop.publisher() as publisher:
+        slow = publisher.new_id()
+        async with aclosing(publisher.stream(body(Spec(tokens=1000, interval_ms=20)), request_id=slow)) as steps:
+            await anext(steps)
+            with pytest.raises(PublishedError, match="at once") as refused:
+                await publisher.chat(body(QUICK))
+            assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
+            await publisher.cancel(slow)
+        await settled(stack)
+
+        async def answered() -> Result | None:  # the place is given back some milliseconds after the terminal
+            try:
+                return await publisher.chat(body(QUICK))
+            except PublishedError as error:
+                assert "at once" in error.message
+                return None
+
+        await until(answered, "a free place", 20)
+        with pytest.raises(PublishedError, match="requests a minute") as refused:
+            await publisher.chat(body(QUICK))
+        assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
+        assert refused.value.retry_after_s is not None and 0 < refused.value.retry_after_s <= 60
+
+
+async def test_a_publisher_that_names_an_api_key_has_its_rights_and_is_metered_under_it(stack: Stack) -> None:
+    shop = Shop(stack, "keyed")
+    made = stack.run("keys", "create", "--name", "batch", "--app", shop.app, "--model", "bench", "--json")
+    assert made.returncode == 0, made.stderr
+    key_id = json.loads(made.stdout)["id"]
+    async with shop.publisher(api_key_id=key_id) as publisher:
+        assert numbers((await publisher.chat(body(QUICK))).text) == list(range(5))
+        with pytest.raises(PublishedError) as refused:
+            await publisher.chat(body("Hello", model="smollm2"))
+        assert (refused.value.status, refused.value.code) == (404, "model_not_found")
+        usage = "SELECT DISTINCT key_id FROM usage WHERE tenant = '{}'".format
+        rows = await until(lambda: asyncio.to_thread(lambda: stack.rows(usage(shop.app)) or None), "its usage", 30)
+        assert rows == [{"key_id": key_id}]
+        async with aclosing(publisher.stream(body(Spec(tokens=1000, interval_ms=20)))) as steps:
+            await anext(steps)
+            assert stack.run("keys", "revoke", key_id).returncode == 0
+            with pytest.raises(PublishedError) as ended:
+                async for _ in steps:
+                    pass
+        assert ended.value.code == "cancelled"
+        with pytest.raises(PublishedError, match="hr-api-key-id"):
+            await publisher.chat(body(QUICK))
+    await settled(stack)
+
+
+@pytest.mark.parametrize("how", [("--disabled",), ("--without-publisher", "p1")], ids=["app", "publisher"])
+async def test_what_runs_ends_when_its_app_or_its_publisher_is_revoked(stack: Stack, how: tuple[str, ...]) -> None:
+    shop = Shop(stack, "gone")
+    async with shop.publisher() as publisher:
+        async with aclosing(publisher.stream(body(Spec(tokens=1000, interval_ms=20)))) as steps:
+            await anext(steps)
+            assert stack.run("apps", "update", shop.app, *how).returncode == 0
+            async with asyncio.timeout(15):
+                with pytest.raises(PublishedError) as ended:
+                    async for _ in steps:
+                        pass
+        assert ended.value.code == "cancelled"
+    await settled(stack)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
 async def test_the_examples_publish_and_read_their_answer(stack: Stack, shop: Shop, language: str) -> None:
-    folder, prompt = EXAMPLES / language, f"count\n{Spec(tokens=12, interval_ms=10).line()}"
-    if language == "python":
-        command = [sys.executable, "publish.py"]
-    elif language == "java":
-        if shutil.which("javac") is None or shutil.which("java") is None:
-            pytest.skip("there is no Java compiler here")
-        jars = ":".join(str(jar) for jar in java.fetch_jars())
-        command = ["java", "-cp", jars, "src/main/java/Publish.java"]
-    else:
-        if shutil.which("go") is None:
-            pytest.skip("there is no Go here")
-        command = ["go", "run", "."]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("HEADRACE_", "KAFKA_"))} | {
-        "KAFKA_BOOTSTRAP": stack.settings.kafka_bootstrap,
-        "HEADRACE_APP": shop.app,
-        "HEADRACE_PUBLISHER": "p1",
-        "HEADRACE_PRIVATE_KEY": base64.b64encode(shop.key.private_bytes_raw()).decode(),
-    }
-    ran = await asyncio.to_thread(
-        subprocess.run, [*command, "bench", prompt], cwd=folder, env=env, capture_output=True, text=True, timeout=150,
-        check=False,
+    prompt = f"count\n{Spec(tokens=12, interval_ms=10).line()}"
+    ran = await run_example(
+        language, "bench", prompt, KAFKA_BOOTSTRAP=stack.settings.kafka_bootstrap, HEADRACE_APP=shop.app,
+        HEADRACE_PUBLISHER="p1", HEADRACE_PRIVATE_KEY=base64.b64encode(shop.key.private_bytes_raw()).decode(),
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     *chunks, last = [line for line in ran.stdout.splitlines() if line.strip()]

@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from bench.gateway.spec import Spec
+from schemas.usage import UsageRows
 from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, body, fresh
 from tests.support.stacks import Stack
@@ -28,6 +29,8 @@ async def test_usage_is_the_keys_own_and_a_month_can_be_priced_anew(stack: Stack
         await usage_rows(stack, [request.request_id for request in seen])
         answer = await one.get("/v1/usage")
         assert answer.status_code == 200, answer.text
+        own = UsageRows.model_validate(answer.json(), strict=True)
+        assert (own.bucket, own.has_more) == ("day", False)
         [row] = answer.json()["data"]
         each = (3 * Decimal("1.00") + 7 * Decimal("10.00")) / 1_000_000
         assert (row["requests"], row["prompt_tokens"], row["completion_tokens"]) == (2, 6, 14)
@@ -38,12 +41,18 @@ async def test_usage_is_the_keys_own_and_a_month_can_be_priced_anew(stack: Stack
         assert wrong.status_code == 400 and "no dimension" in wrong.json()["error"]["message"]
 
         asked = f"/admin/usage?by=tenant,model&where=tenant:{mine}&where=tenant:{others}&bucket=hour"
-        rows = (await api.get(asked)).json()["data"]
-        assert {(found["tenant"], found["requests"]) for found in rows} == {(mine, 2), (others, 1)}
+        everybody = UsageRows.model_validate((await api.get(asked)).json(), strict=True)
+        assert {(found.tenant, found.requests) for found in everybody.data} == {(mine, 2), (others, 1)}
+        assert not everybody.has_more
+        cut = UsageRows.model_validate((await api.get(f"{asked}&limit=1")).json(), strict=True)
+        assert (len(cut.data), cut.has_more) == (1, True), "what lies beyond the limit is told"
         table = await api.get(asked, accept="text/csv")
         assert table.headers["content-type"].startswith("text/csv")
         assert table.text.splitlines()[0].startswith("start,tenant,model,currency,requests,")
         assert f",{mine},bench,USD,2," in table.text
+        assert table.headers["x-hr-has-more"] == "false"
+        table = await api.get(f"{asked}&limit=1", accept="text/csv")
+        assert (table.headers["x-hr-has-more"], len(table.text.splitlines())) == ("true", 2)
         printed = stack.run("usage", "--by", "tenant", "--where", f"tenant={mine}", "--format", "csv").stdout
         assert f"{mine},USD,2,6," in printed
 

@@ -147,6 +147,20 @@ async def test_only_the_newest_writer_can_write(infra: Settings, monkeypatch: py
         await old.stop()
 
 
+async def test_what_takes_several_batches_is_written_in_order(infra: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "TRANSACTIONAL_ID", f"test-{uuid.uuid4().hex}")
+    monkeypatch.setattr(writer_module, "BATCH_BYTES", 4096)
+    writer, made = Writer(infra.kafka, "test"), [app(f"app {number}") for number in range(60)]
+    await writer.start()
+    written = [Write("apps", one.id, msgspec.json.encode(one)) for one in made]
+    users = Write("users", "u", None), Write("users", "v", None)
+    offsets = await writer.write([users[0], *written[:30], users[1], *written[30:]])
+    await writer.stop()
+    mine = [*offsets[1:31], *offsets[32:]]
+    assert mine == list(range(mine[0], mine[0] + 60)) and offsets[31] == offsets[0] + 1
+    await kept(infra, lambda records: {one.id for one in made} <= records["apps"].keys())
+
+
 async def test_names_move_between_models_in_one_apply(infra: Settings, registry: Registry) -> None:
     text = """
 [[providers]]

@@ -5,24 +5,30 @@ from __future__ import annotations
 from decimal import Decimal
 
 import msgspec
+import pytest
+from pydantic import SecretStr
 
 from headrace.api_keys import admin_record, sha256
-from headrace.apply import plan
+from headrace.apply import first_owner, plan
 from headrace.config import DEFAULT_APP, Config, default_config, parse_config
 from headrace.control_client import ControlPlane
+from headrace.errors import InvalidRequest
+from headrace.settings import Settings
 from processors.control.decide import Accepted, decide
 from processors.control.state import ControlState
-from schemas.control import API, ControlCommand, Model, Price, Record
+from schemas.control import API, ControlCommand, Model, Price, Record, User
 
 ADMIN = "hr-admin"
 
 
-def apply(state: ControlState, config: Config, admin_key: str = ADMIN) -> list[ControlCommand]:
+def apply(
+    state: ControlState, config: Config, admin_key: str = ADMIN, owner: User | None = None
+) -> list[ControlCommand]:
     """Plan, and let every command through the processor's rules; none may be refused."""
     plane = ControlPlane(
         dict(state.providers), dict(state.models), dict(state.apps), dict(state.users), dict(state.keys)
     )
-    commands = plan(plane, config, admin_key)
+    commands = plan(plane, config, admin_key, owner)
     for command in commands:
         decision = decide(state, command, now_ms=1_000_000)
         assert isinstance(decision, Accepted), decision
@@ -54,6 +60,31 @@ def test_the_first_apply_makes_all_and_the_second_does_nothing() -> None:
     assert filed == msgspec.structs.replace(admin_record(ADMIN, DEFAULT_APP), created=filed.created)
     assert state.keys[sha256(ADMIN)].role == "owner"
     assert apply(state, default_config()) == []
+
+
+def test_the_first_owner_is_made_once_and_never_again() -> None:
+    named = Settings(admin_email=" Ann@Example.org ", admin_password=SecretStr("Kx9!pL2-vQ7zRt"))
+    owner = first_owner(named)
+    assert owner is not None and (owner.email, owner.role) == ("ann@example.org", "owner")
+    assert owner.password_hash.startswith("$argon2id$")
+    state = ControlState()
+    assert "users" in [command.kind for command in apply(state, default_config(), owner=owner)]
+    state.users[owner.id] = msgspec.structs.replace(state.users[owner.id], role="viewer")
+    assert apply(state, default_config(), owner=owner) == [], "what became of it since is nobody else's to say"
+    assert first_owner(Settings(admin_email="ann@example.org")) is None
+    with pytest.raises(InvalidRequest, match="HEADRACE_ADMIN_PASSWORD"):
+        first_owner(Settings(admin_email="ann@example.org", admin_password=SecretStr("short")))
+
+
+def test_limits_of_a_model_are_the_files_or_stay_as_they_were_set() -> None:
+    state = ControlState()
+    apply(state, models("a"))
+    state.models["a"] = msgspec.structs.replace(state.models["a"], rate_limit_rpm=5, concurrency_limit=2)
+    assert apply(state, models("a")) == []
+    said = msgspec.structs.replace(state.models["a"], rate_limit_rpm=7)
+    [model] = models("a").models
+    apply(state, models("a").model_copy(update={"models": (model.model_copy(update={"rate_limit_rpm": 7}),)}))
+    assert state.models["a"] == said
 
 
 def test_the_admin_key_itself_is_in_no_command() -> None:

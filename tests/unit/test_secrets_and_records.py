@@ -31,6 +31,8 @@ MODELS = {"big": Model("big", "p", "t", aliases=("gpt-4o",))}
         ({"jwt_secret": "change-me-change-me-change-me-change-me"}, "up", "HEADRACE_JWT_SECRET must be random"),
         ({"jwt_secret": "a" * 64}, "ingress", "HEADRACE_JWT_SECRET must be random"),
         ({"jwt_secret": GOOD, "admin_key": "hr-admin"}, "ingress", "HEADRACE_ADMIN_KEY must be random"),
+        ({"ingress_secret": "change-me-" * 4}, "router", "HEADRACE_INGRESS_SECRET must be random"),
+        ({"ingress_secret": f"{GOOD},{'a' * 40}"}, "control", "HEADRACE_INGRESS_SECRET must be random"),
         ({"jwt_secret": GOOD, "admin_password": "password123"}, "up", "HEADRACE_ADMIN_PASSWORD must be"),
         ({"jwt_secret": GOOD, "admin_email": "a@b"}, "up", "HEADRACE_ADMIN_PASSWORD is not set"),
     ],
