@@ -30,7 +30,7 @@ test *ARGS: setup
 test-unit *ARGS: setup
     @{{python}} -m pytest -n 2 --dist loadscope tests/unit "$@"
 
-# Kill each role at 20 random moments under load; results as JSON in tests/results
+# Kill each of six roles (not answers, not control) at 20 random moments under load; results as JSON in tests/results
 faults *ARGS: setup
     @{{python}} -m pytest tests/faults --moments 20 "$@"
 

@@ -1,4 +1,4 @@
-"""One stack from nothing to ready and back: parts in parallel, then topics and tables, then the roles."""
+"""One stack from nothing to ready and back: everything starts at once and waits for what it needs."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from headrace import __version__
 
 _READY_SECONDS = 180.0
 _TELL_EVERY_SECONDS = 15.0
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+"""Signals on which a stack stops in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,12 @@ def serve(options: StackOptions, *, ready: Callable[[str], None], report: Callab
             raise StartFailed(
                 f"port {options.port} of {options.host} is in use by another program: stop it, or pass another --port"
             )
+        # A Ctrl-C before the stack handles it would end whatever is being set up in the middle: it waits until then.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         try:
             return asyncio.run(_Stack(replace(options, data_dir=data), ready, report).run())
         finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
             stack.remove(data)
 
 
@@ -96,8 +101,9 @@ class _Stack:
     async def run(self) -> int:
         """Start, wait for a signal, stop."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOPPING:
             loop.add_signal_handler(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         self._supervisor.open()
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stop.wait())
@@ -132,6 +138,8 @@ class _Stack:
         for role in roles.START_ORDER:
             for index in range(1, self._options.replicas[role] + 1):
                 own = {"HEADRACE_PORT": str(self._ingress_ports[index - 1])} if role == "ingress" else {}
+                if role == "worker":
+                    own = roles.memory_shares(self._options.replicas[role])
                 self._supervisor.start(
                     roles.role_spec(role, index, {**environment, **own}, self._options.drain_seconds)
                 )

@@ -98,7 +98,7 @@ class Nursery:
 
     def _start(self) -> socket.socket:
         self.close()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        _adopt_orphans(True)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, self._log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -133,7 +133,7 @@ class Nursery:
         return True
 
     def close(self) -> None:
-        """End it; its children go on."""
+        """End it; its children go on. What they leave behind from here on is not given to this process."""
         self._ready = False
         if self._socket is not None:
             self._socket.close()
@@ -142,6 +142,12 @@ class Nursery:
             self._process.kill()
             self._process.wait()
             self._process = None
+            _adopt_orphans(False)
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    """Whether this process is given what its descendants leave behind; else that goes further up."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, int(wanted))
 
 
 def bury_orphans(known: Container[int | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,12 @@ def headrace_command() -> tuple[str, ...]:
     """The `headrace` console script beside this interpreter, or the same by module where it is not installed."""
     script = Path(sys.executable).parent / "headrace"
     return (str(script),) if script.exists() else (sys.executable, "-c", "from headrace.cli import main; main()")
+
+
+def memory_shares(workers: int) -> dict[str, str]:
+    """What tells the workers of one machine their parts of its memory, where whoever runs them has not."""
+    said = any(os.environ.get(name) for name in ("HEADRACE_WORKER_MEMORY", "HEADRACE_WORKER_MEMORY_SHARE"))
+    return {} if said or workers == 1 else {"HEADRACE_WORKER_MEMORY_SHARE": f"{1_000_000 // workers / 1_000_000}"}
 
 
 def role_spec(role: str, index: int, environment: Mapping[str, str], drain_seconds: float) -> ChildSpec:

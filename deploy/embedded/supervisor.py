@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from deploy.embedded.child import Child, ChildSpec
 from deploy.embedded.nursery import Nursery, bury_orphans
 from deploy.embedded.stack import ChildRecord
+from headrace.cancellation import end
 
 _LOG_CHECK_SECONDS = 5.0
 _HURRIED_SECONDS = 2.0
@@ -87,18 +87,18 @@ class Supervisor:
 
     async def close(self) -> None:
         """Kill whatever is left and stop listening."""
+        if self._reopening is not None:
+            await end(self._reopening)
+        self._nursery.close()
         for name, child in self._children.items():
             self._stopping.add(name)
             self._cancel_restart(name)
             child.kill()
         await asyncio.gather(*(gone.wait() for name, gone in self._gone.items() if self._runs(name)))
         asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
-        for task in (self._log_task, self._reopening):
-            if task:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-        self._nursery.close()
+        bury_orphans(())
+        if self._log_task is not None:
+            await end(self._log_task)
 
     def hurry(self) -> None:
         """From now on nobody waits for work to finish."""

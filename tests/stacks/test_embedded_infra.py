@@ -166,7 +166,7 @@ async def test_no_child_outlives_a_killed_stack_and_the_next_start_works(running
     assert len(children) == 3
     running.process.kill()
     running.process.wait()
-    await until(lambda: not any(map(psutil.pid_exists, children)), 5.0)
+    await until(lambda: not any(map(psutil.pid_exists, children)))
     assert stack.discover(running.data) is None, "the record of a dead stack must not be believed"
     again = Stack(running.data)
     assert await probes.kafka_answers(again.bootstrap)

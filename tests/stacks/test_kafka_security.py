@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
+import json
 import os
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,13 +25,18 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import Message as Written
 from confluent_kafka import Producer as ConfluentProducer
 from confluent_kafka import TopicPartition as ConfluentPartition
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from redis.exceptions import RedisError
 
+from headrace.projection import Projection
+from headrace.redis_client import connect
 from headrace.settings import Settings
 from processors.control.state import Write
 from processors.control.writer import TOPICS, Writer
 from schemas.control import App
 from tests.support.secure_kafka import PASSWORD, SecureKafka, secure_kafka
 from tests.support.stacks import HEADRACE
+from tests.support.valkey import Valkey
 from tests.support.waiting import until
 from topics.access import access_of, group_prefix
 from topics.access_apply import apply_access, new_password
@@ -285,6 +293,72 @@ async def test_an_apps_quota_slows_it_down_and_an_app_without_publishers_is_shut
         return False
 
     await until(shut_out, "it may write no more", 30)
+
+
+Headrace = Callable[..., str]
+
+
+@pytest.fixture
+async def headrace(broker: SecureKafka, tmp_path: Path) -> AsyncIterator[Headrace]:
+    """Commands beside a control role of their own, which fail the test unless they succeed; what they printed."""
+    valkey = Valkey(tmp_path)
+    env = os.environ | broker.environment("SASL_SSL") | {
+        "HEADRACE_REDIS_URL": valkey.url, "HEADRACE_CLICKHOUSE_URL": "http://127.0.0.1:1",
+        "HEADRACE_DATA_DIR": str(tmp_path), "HEADRACE_INGRESS_SECRET": SECRET,
+    }  # fmt: skip
+
+    def run(*arguments: str) -> str:
+        ran = subprocess.run([HEADRACE, *arguments], env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert ran.returncode == 0, ran.stdout + ran.stderr + said.read_text()[-3000:]
+        return ran.stdout
+
+    valkey.start()
+    said = tmp_path / "control.log"
+    with said.open("ab") as log:
+        role = await asyncio.create_subprocess_exec(HEADRACE, "run", "control", env=env, stdout=log, stderr=log)
+    redis = connect(valkey.url)
+    projection = Projection(redis)
+
+    async def filled() -> bool:
+        assert role.returncode is None, said.read_text()[-3000:]
+        with contextlib.suppress(RedisError, OSError):
+            return (await projection.state()).complete
+        return False
+
+    try:
+        # The role may still be starting when a command has given up: that is no one's fault on a busy machine.
+        await until(filled, "the control role has filled Redis", 60)
+        yield run
+    finally:
+        await redis.aclose()
+        if role.returncode is None:
+            role.kill()
+        await role.wait()
+        valkey.kill()
+
+
+async def test_an_operator_lets_publishers_in_and_shuts_them_out(broker: SecureKafka, headrace: Headrace) -> None:
+    app = f"kiosk-{uuid.uuid4().hex[:8]}"
+    key = base64.b64encode(Ed25519PrivateKey.generate().public_key().public_bytes_raw()).decode()
+    headrace("apps", "create", app)
+    headrace("apps", "update", app, "--publisher", f"p={key}")
+    shown = headrace("topics", "acls", app)
+    assert f"# {app}: publisher-{app}" in shown and "kafka-acls.sh" in shown, "nothing is set yet"
+    *_, password = headrace("topics", "acls", app, "--apply", "--new-passwords").split()
+    let_in = broker.settings("SASL_SSL", sasl_username=f"publisher-{app}", sasl_password=password)
+    async with asyncio.timeout(20), Producer(let_in.kafka, "test") as producer:
+        await producer.send(REQUESTS.name, b"x", partition=0)
+    headrace("apps", "update", app, "--without-publisher", "p")
+    assert headrace("topics", "acls", app, "--apply").strip() == f"{app}: publisher-{app} may do nothing"
+    with pytest.raises((TopicAuthorizationFailedError, ClusterAuthorizationFailedError)):
+        async with asyncio.timeout(20), Producer(let_in.kafka, "test", request_timeout_s=5) as producer:
+            await producer.send(REQUESTS.name, b"x", partition=0)
+    trail = [
+        event for event in json.loads(headrace("audit", "list", "--kind", "access", "--json")) if event["key"] == app
+    ]
+    told = [(event["action"], event["detail"]["may"], event["detail"]["password"]) for event in trail]
+    assert told == [("apply", "nothing", "kept"), ("apply", "publish", "new")]
+    assert password not in json.dumps(trail)
 
 
 def test_a_command_that_is_not_let_in_says_why_in_a_sentence(broker: SecureKafka, tmp_path: Path) -> None:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import trustme
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from deploy.embedded import aot, java, probes
-from deploy.embedded.kafka import Kafka, render_properties
 from deploy.embedded.ports import PortBook
-from headrace.parent import die_with_parent
 from headrace.settings import Settings
+from tests.support.broker import Broker
 
 USER, PASSWORD = "headrace", "pass-word-of-the-tests"
-START_SECONDS = 60.0
 _JAAS = "listener.name.{}.{}.sasl.jaas.config"
 _SCRAM = "org.apache.kafka.common.security.scram.ScramLoginModule required;"
 
@@ -62,31 +56,19 @@ def secure_kafka(home: Path) -> Iterator[SecureKafka]:
     _store(authority, "127.0.0.1", home / "server.pem")
     _store(authority, "client", home / "client.pem")
     book = PortBook(home / "ports.json")
-    names = ("SASL_PLAINTEXT", "SASL_SSL", "SSL")
-    ports = {name: book.port(name) for name in names}
-    plain, controller = book.port("kafka"), book.port("kafka-controller")
-    runtime, jars = java.java(), java.fetch_jars()
-    kafka = Kafka(home, plain, controller)
-    to_format = kafka.format_spec(runtime, jars, *aot.flags(runtime))
-    assert to_format is not None
-    for name in ("server.properties", "format.properties"):
-        with (home / "kafka" / name).open("a") as file:
-            file.write(render_properties(_security(home, ports, plain, controller)))
-    users = ("--add-scram", f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]")
-    subprocess.run([*to_format.argv, *users], cwd=to_format.cwd, check=True, capture_output=True, timeout=START_SECONDS)
-    kafka.formatted()
-    spec = kafka.spec(runtime, jars, *aot.flags(runtime))
-    with (home / "kafka.log").open("ab") as log:
-        broker = subprocess.Popen(
-            spec.argv, cwd=spec.cwd, stdout=log, stderr=log, preexec_fn=partial(die_with_parent, os.getpid())
-        )
+    ports = {name: book.port(name) for name in ("SASL_PLAINTEXT", "SASL_SSL", "SSL")}
+    broker = Broker(
+        home,
+        book,
+        format_flags=("--add-scram", f"SCRAM-SHA-512=[name={USER},password={PASSWORD}]"),
+        extra=_security(home, ports, book.port("kafka"), book.port("kafka-controller")),
+    )
     try:
-        answers = asyncio.run(probes.until(partial(probes.kafka_answers, f"127.0.0.1:{plain}"), START_SECONDS))
-        assert answers, (home / "kafka.log").read_text()[-3000:]
+        broker.start()
+        asyncio.run(broker.answer())
         yield SecureKafka(ports, home / "ca.pem", home / "client.pem", home / "data")
     finally:
         broker.kill()
-        broker.wait()
 
 
 def _store(authority: trustme.CA, name: str, path: Path) -> None:

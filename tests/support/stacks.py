@@ -9,7 +9,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -106,7 +106,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**_clean_environment(), **env},
+                env={**clean_environment(), **env},
                 start_new_session=True,
                 preexec_fn=partial(die_with_parent, os.getpid()),
                 text=True,
@@ -249,7 +249,7 @@ class Stack:
         """A `headrace` command on this stack."""
         return subprocess.run(
             [HEADRACE, *arguments, "--data-dir", str(self.data_dir)],
-            capture_output=True, text=True, timeout=timeout, check=False, env=_clean_environment(),
+            capture_output=True, text=True, timeout=timeout, check=False, env=clean_environment(),
         )  # fmt: skip
 
     def ledger(self) -> dict[str, object]:
@@ -272,13 +272,19 @@ class Stack:
         """What the upstream saw, by id."""
         return await self._stats({})
 
+    async def have_begun(self, names: Iterable[str], *, tokens: int = 1) -> bool:
+        """Whether the upstream has sent so many tokens of each of these requests, in one of their tries."""
+        seen = await self.all_seen()
+        return all(any(one.tokens >= tokens for one in seen.get(name, Entry()).tries) for name in names)
+
     async def _stats(self, query: dict[str, str]) -> dict[str, Entry]:
         async with httpx.AsyncClient(timeout=10, verify=NO_TLS) as client:
             answer = await client.get(f"{self.upstream.removesuffix('/v1')}/stats", params=query)
         return msgspec.json.decode(answer.content, type=Stats).ids
 
 
-def _clean_environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
+    """The environment of the tests without settings of Headrace: what a command of its own sees."""
     return {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
 
 

@@ -10,6 +10,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
@@ -83,9 +84,26 @@ func kafka() []kgo.Opt {
 	found := []kgo.Opt{kgo.SeedBrokers(strings.Split(bootstrap, ",")...)}
 	if user := os.Getenv("KAFKA_USERNAME"); user != "" {
 		login := scram.Auth{User: user, Pass: os.Getenv("KAFKA_PASSWORD")}
-		found = append(found, kgo.SASL(login.AsSha512Mechanism()), kgo.DialTLSConfig(&tls.Config{}))
+		found = append(found, kgo.SASL(login.AsSha512Mechanism()), kgo.DialTLSConfig(trust()))
 	}
 	return found
+}
+
+// trust is how brokers are known: by KAFKA_CA, a PEM of those who may sign their certificates, else as the machine does.
+func trust() *tls.Config {
+	path := os.Getenv("KAFKA_CA")
+	if path == "" {
+		return &tls.Config{}
+	}
+	pem, err := os.ReadFile(path)
+	if err != nil {
+		log.Fatal(err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		log.Fatalf("%s holds no certificate", path)
+	}
+	return &tls.Config{RootCAs: roots}
 }
 
 func main() {

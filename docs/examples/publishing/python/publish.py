@@ -63,6 +63,8 @@ def kafka() -> dict[str, str]:
     if user := os.environ.get("KAFKA_USERNAME"):
         found |= {"security.protocol": "SASL_SSL", "sasl.mechanism": "SCRAM-SHA-512", "sasl.username": user}
         found |= {"sasl.password": os.environ["KAFKA_PASSWORD"]}
+    if ca := os.environ.get("KAFKA_CA"):
+        found["ssl.ca.location"] = ca
     return found
 
 

@@ -85,6 +85,11 @@ public final class Publish {
       found.put("sasl.jaas.config", "org.apache.kafka.common.security.scram.ScramLoginModule required username=\""
           + user + "\" password=\"" + System.getenv("KAFKA_PASSWORD") + "\";");
     }
+    String ca = System.getenv("KAFKA_CA");
+    if (ca != null) {
+      found.put("ssl.truststore.type", "PEM");
+      found.put("ssl.truststore.location", ca);
+    }
     return found;
   }
 
