@@ -67,12 +67,11 @@ class Lookup:
     async def _reader(self) -> AsyncIterator[LogReader]:
         try:
             async with asyncio.timeout(TIMEOUT_S), self._slots:
-                if self._idle:
-                    reader = self._idle.pop()
-                else:
-                    reader = LogReader(self._settings.kafka, "ingress-lookup")
-                    await reader.start()
+                known = self._idle.pop() if self._idle else None
+                reader = known or LogReader(self._settings.kafka, "ingress-lookup")
                 try:
+                    if known is None:
+                        await reader.start()
                     yield reader
                 except BaseException:
                     await reader.stop()

@@ -45,7 +45,7 @@ async def recovered(stack: Stack, within_s: float = 60) -> float:
 async def test_the_broker_is_away_for_a_while_and_comes_back(victim: Stack, seed: int, note: Note) -> None:
     await victim.ready()
     # Paused, not killed: the supervisor would start it again at once. Then killed, with streams on their way.
-    broker = victim.signal("kafka", signal.SIGSTOP)
+    broker = await victim.pause("kafka")
     try:
         async with Api(victim) as api:
             began = time.monotonic()
@@ -76,7 +76,7 @@ async def test_the_broker_is_away_for_longer_than_writes_wait(victim: Stack, see
     await victim.ready()
     async with Crowd(victim, CROWD, random.Random(f"{seed}-outage"), patience_s=OUTAGE_S + 90) as crowd:
         await asyncio.sleep(1.5)
-        victim.signal("kafka", signal.SIGSTOP)
+        await victim.pause("kafka")
         try:
             async with Api(victim) as api:
                 away = time.monotonic()
@@ -105,7 +105,7 @@ async def test_valkey_is_away_for_a_while_and_comes_back(victim: Stack, seed: in
     await victim.ready()
     async with Crowd(victim, CROWD, random.Random(f"{seed}-valkey")) as crowd, Api(victim) as api:
         await asyncio.sleep(1.2)
-        victim.signal("valkey", signal.SIGSTOP)
+        await victim.pause("valkey")
         try:
 
             async def refused() -> bool:
@@ -129,7 +129,7 @@ async def test_valkey_is_away_for_a_while_and_comes_back(victim: Stack, seed: in
 @pytest.mark.timeout(200)
 async def test_clickhouse_is_away_for_a_while_and_nothing_is_missing(victim: Stack, seed: int, note: Note) -> None:
     await victim.ready()
-    victim.signal("clickhouse", signal.SIGSTOP)
+    await victim.pause("clickhouse")
     try:
         async with Crowd(victim, CROWD, random.Random(f"{seed}-clickhouse")) as crowd:
             found = await crowd.outcomes()
@@ -160,7 +160,7 @@ async def test_a_worker_that_wakes_up_from_the_dead_says_nothing_more(victim: St
     async with Crowd(victim, CROWD, random.Random(f"{seed}-zombie")) as crowd:
         await asyncio.sleep(1.2)
         await until(lambda: victim.have_begun(crowd.names), "every answer has begun, and can be gone on with", 10)
-        victim.signal("worker-1", signal.SIGSTOP)
+        await victim.pause("worker-1")
         try:
 
             async def all_lost() -> bool:
@@ -189,7 +189,7 @@ async def test_an_answer_that_waits_in_vain_to_go_on_is_billed_as_far_as_it_came
             return any(one.tokens > 10 for one in (await victim.seen(spec.id)).tries)
 
         await until(begun, "the answer has begun")
-        victim.signal("worker-1", signal.SIGSTOP)
+        await victim.pause("worker-1")
         try:
             seen = await asyncio.wait_for(asked, 40)
         finally:
@@ -212,7 +212,7 @@ async def test_a_key_that_was_refused_is_free_again(victim: Stack) -> None:
     spec = Spec(tokens=3, interval_ms=1, id=fresh("refused"))
     headers = {"idempotency-key": spec.id}
     async with Api(victim) as api:
-        victim.signal("scheduler-1", signal.SIGSTOP)
+        await victim.pause("scheduler-1")
         try:
 
             async def stale() -> bool:
@@ -267,7 +267,7 @@ async def test_roles_stop_in_order_while_the_broker_is_away(victim: Stack, note:
     await victim.ready()
     names = [name for name in victim.endpoints().children if name not in ("kafka", "valkey", "clickhouse")]
     assert len(names) == 9
-    victim.signal("kafka", signal.SIGSTOP)
+    await victim.pause("kafka")
     try:
         async with Api(victim) as api:
             assert (await api.ask(body(Spec(tokens=1)))).status_code == 503, "records wait for the broker"
@@ -290,7 +290,7 @@ async def test_a_result_that_overtakes_its_frames_does_not_cut_the_stream(victim
     spec = Spec(tokens=40, interval_ms=100, id=fresh("overtaken"))
     async with Api(victim) as api, api.open(body(spec)) as reader:
         seen = await reader.until_tokens(5)
-        victim.signal("worker-1", signal.SIGSTOP)
+        await victim.pause("worker-1")
         try:
             await asyncio.sleep(0.5)  # what it had written comes
             public = PublicId.parse(seen.completion_id)

@@ -59,7 +59,7 @@ async def test_a_scheduler_that_wakes_up_from_the_dead_decides_nothing_more(
         first = await owner(twins)
         async with Crowd(twins, CROWD, chance) as crowd:
             await asyncio.sleep(at_s := chance.uniform(0.1, 0.9))
-            twins.signal(first, signal.SIGSTOP)
+            await twins.pause(first)
             stopped = time.monotonic()
             try:
                 await until(partial(other_owns, twins, first), "the other has the pool", 15)

@@ -100,9 +100,9 @@ async def test_what_a_silent_worker_was_just_given_is_fenced_before_the_other_on
     async with Api(pair) as api:
         await both_hold_the_model(pair, api)
         await settled(pair)
-        pair.signal("worker-1", signal.SIGSTOP)
+        await pair.pause("worker-1")
         try:
-            pair.signal("scheduler-1", signal.SIGSTOP)
+            await pair.pause("scheduler-1")
             asked = asyncio.create_task(api.stream(body(spec)))
             command = await given(pair, await until(lambda: routed(pair, spec.id), "it is routed", 10))
             async with Producer(pair.settings.kafka, "hidden") as producer:

@@ -289,7 +289,7 @@ async def test_one_that_was_read_after_its_deadline_is_answered_as_expired(
 ) -> None:
     raw = json.dumps(body(QUICK)).encode()
     headers = publisher_headers(shop.app, hr_deadline="1")
-    stack.signal("router-1", signal.SIGSTOP)
+    await stack.pause("router-1")
     try:
         await producer.send(REQUESTS.name, raw, key=headers["ce_id"], headers=signed(headers, raw, shop.key))
         await asyncio.sleep(1.5)

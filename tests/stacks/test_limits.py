@@ -266,7 +266,7 @@ async def test_what_a_killed_ingress_had_reserved_is_given_back(trio: Stack) -> 
         victim = "ingress-1"
         asked = []
         try:
-            trio.signal("kafka", signal.SIGSTOP)
+            await trio.pause("kafka")
             asked = [asyncio.create_task(tenant.ask(0)) for _ in range(8)]
 
             async def reserved() -> bool:

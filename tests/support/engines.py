@@ -1,4 +1,4 @@
-"""The engine processes of a stack's workers: found, stopped in the middle of what they do, and let go on."""
+"""The engine processes of a stack's workers, and how any process is stopped in the middle of what it does."""
 
 from __future__ import annotations
 

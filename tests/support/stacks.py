@@ -27,6 +27,7 @@ from headrace import sql
 from headrace.parent import die_with_parent
 from headrace.settings import Settings
 from tests.support.adapters import write_adapter
+from tests.support.engines import freeze
 from tests.support.waiting import until
 
 HEADRACE = str(Path(sys.executable).with_name("headrace"))
@@ -222,6 +223,13 @@ class Stack:
         pid = self.pid(name)
         assert pid, f"{name} does not run"
         os.kill(pid, number)
+        return pid
+
+    async def pause(self, name: str) -> int:
+        """SIGSTOP one child's process; returns its process id once it stands."""
+        pid = self.pid(name)
+        assert pid, f"{name} does not run"
+        await freeze(psutil.Process(pid))
         return pid
 
     async def killed(self, name: str) -> None:
