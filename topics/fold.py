@@ -122,6 +122,10 @@ class Fold:
         choice = self._choices.get(0)
         return "".join(choice.parts) if choice is not None else ""
 
+    def only_text(self) -> str:
+        """The text, where there is a single choice and nothing else in it; else empty."""
+        return self.content() if self.plain and self._choices.keys() == {0} else ""
+
     def choices(self) -> msgspec.Raw:
         """The answer so far as OpenAI's non-streamed `choices`; `NOTHING` when there is none."""
         if not self._choices:

@@ -57,6 +57,10 @@ class Answer:
         self.tokens += more
         self._emitted_tokens += more
 
+    def only_text(self) -> str:
+        """The answer so far, where it is one text and nothing else; else empty."""
+        return self._fold.only_text()
+
     def _delta(self, kind: frames.Kind, index: int, data: str, tokens: int) -> frames.Delta:
         self.seq += 1
         return frames.Delta(self.rid, self.attempt, self.seq, kind, index, data, tokens)

@@ -279,7 +279,8 @@ class Attempt:
     async def _prompt_tokens(self, body: dict[str, Any] | None) -> int:
         """The caller's prompt where the provider did not report it: counted by the engine, else estimated.
 
-        0 where `Answer.usage` has it from what the provider reported.
+        0 where `Answer.usage` has it from what the provider reported. Where that said nothing and the engine counts, it
+        counts the answer as well, of which a piece may hold several tokens.
         """
         command, done = self.command, self._answer.done
         reported = done is not None and done.usage is not None
@@ -287,13 +288,20 @@ class Attempt:
             return 0
         if body is None:
             return command.request.prompt_tokens_estimate
-        counted = None
-        with contextlib.suppress(TimeoutError, HeadraceError):
-            async with asyncio.timeout(COUNT_TIMEOUT_S):
-                counted = await self._provider.count_prompt(self._model, body)
+        counted = await self._counted(body)
         if counted is None:
             return 0 if reported else command.request.prompt_tokens_estimate
+        if not reported and (text := self._answer.only_text()):
+            whole = await self._counted(body, text)
+            self._answer.tokens = max(self._answer.tokens, (whole or 0) - counted)
         return counted
+
+    async def _counted(self, body: dict[str, Any], emitted: str = "") -> int | None:
+        """Tokens by the engine's own count; None where it cannot, or does not in time."""
+        with contextlib.suppress(TimeoutError, HeadraceError):
+            async with asyncio.timeout(COUNT_TIMEOUT_S):
+                return await self._provider.count_prompt(self._model, body, emitted=emitted)
+        return None
 
 
 def overlap_ms(begin_ms: int, end_ms: int, spans: Iterable[tuple[int, int]]) -> int:

@@ -187,8 +187,6 @@ async def test_an_answer_whose_engine_dies_goes_on_on_the_next_one(
 
 
 async def test_letters_of_several_tokens_are_counted_whole(backend: Backend) -> None:
-    if backend.kind == "openai":
-        pytest.skip("this API has no call that counts")
     limit = 110
     whole = await generated(backend, messages=ACCENTS, max_tokens=limit)
     said, (reason, usage) = texts(whole), ending(whole)

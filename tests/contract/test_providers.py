@@ -72,8 +72,7 @@ async def test_an_answer_is_text_one_finish_and_usage(backend: Backend) -> None:
     assert usage.completion_tokens == 8
     assert 8 < usage.prompt_tokens < 100
     counted = await backend.provider.count_prompt(backend.model, {"messages": ASK})
-    assert counted in (None, usage.prompt_tokens)
-    assert (counted is None) == (backend.kind == "openai")
+    assert counted == usage.prompt_tokens
 
 
 async def test_max_completion_tokens_is_the_same_cap(backend: Backend) -> None:

@@ -15,6 +15,10 @@ from processors.generation.providers.wire import WireError
 PATH = "/chat/completions"
 
 
+class _Counted(msgspec.Struct):
+    input_tokens: int
+
+
 def choices_of(body: Mapping[str, object]) -> int:
     """The number of choices that a body asks for. Raises `InvalidRequest` when `n` is not a positive number."""
     n = body.get("n")
@@ -39,6 +43,12 @@ def continued(body: Mapping[str, object], emitted: str) -> Mapping[str, object]:
     messages = body.get("messages")
     given = messages if isinstance(messages, list) else []
     return {**body, "messages": [*given, {"role": "assistant", "content": emitted}]}
+
+
+async def count_tokens(pool: Pool, body: Mapping[str, object]) -> int:
+    """Tokens of a chat's prompt, by llama-server's own call. Raises as `Pool.open` does, or `msgspec.DecodeError`."""
+    answer = await pool.call("POST", f"{PATH}/input_tokens", msgspec.json.encode(body))
+    return msgspec.json.decode(answer, type=_Counted).input_tokens
 
 
 async def stream_chat(pool: Pool, where: str, body: Mapping[str, object]) -> AsyncGenerator[list[Piece], None]:

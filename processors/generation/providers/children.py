@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
 from typing import ClassVar
 
-import msgspec
 import structlog
 
 from headrace.errors import ContextLengthExceeded, ProviderDeclined, ProviderError, UnsupportedParameter
@@ -90,7 +89,7 @@ class ChildProvider(Provider):
     async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
         """Exact tokens of the prompt, by the engine's own template and tokenizer."""
         server = self.server(model)
-        return await _count(server, self.prepare(model, chat.continued(body, emitted), server))
+        return await chat.count_tokens(server.pool, self.prepare(model, chat.continued(body, emitted), server))
 
     async def generate(
         self, model: Model, body: Mapping[str, object], *, emitted: str = "", adapter: str = ""
@@ -106,7 +105,7 @@ class ChildProvider(Provider):
         if choices > model.max_concurrency:
             raise UnsupportedParameter(f"n can be at most {model.max_concurrency} for model {model.id!r}", param="n")
         if server.slot_context > model.context_length:
-            prepared["max_tokens"] = _room(model, prepared, await _count(server, prepared))
+            prepared["max_tokens"] = _room(model, prepared, await chat.count_tokens(server.pool, prepared))
         where = f"model {model.id!r} of provider {self.name!r}"
         bodies = [parameters.for_choice(prepared, index) for index in range(choices)]
         streams = [chat.stream_chat(server.pool, where, chat.streamed(body, model.backend_tag)) for body in bodies]
@@ -189,11 +188,6 @@ def _loaded(model_id: str, server: ChildServer) -> LoadedModel:
     return LoadedModel(model=model_id, tag=launch.alias, bytes=size, pid=server.pid)
 
 
-async def _count(server: ChildServer, prepared: Mapping[str, object]) -> int:
-    answer = await server.pool.call("POST", "/chat/completions/input_tokens", msgspec.json.encode(prepared))
-    return msgspec.json.decode(answer, type=_Counted).input_tokens
-
-
 def _room(model: Model, prepared: Mapping[str, object], count: int) -> int:
     """Tokens that the answer may have in a slot that is larger than the model's context."""
     room = model.context_length - count
@@ -204,7 +198,3 @@ def _room(model: Model, prepared: Mapping[str, object], count: int) -> int:
         )
     wanted = prepared.get("max_tokens")
     return min(room, wanted) if isinstance(wanted, int) else room
-
-
-class _Counted(msgspec.Struct):
-    input_tokens: int

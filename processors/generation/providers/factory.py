@@ -68,8 +68,10 @@ def make_provider(record: control.Provider, *, environ: Mapping[str, str] = os.e
                 f"provider {record.name!r} of kind openai needs a base_url, such as http://host:8000/v1"
             )
         remote = _options(record, OpenAIOptions)
-        pool = _pool(record, _endpoint(record, record.base_url), remote, environ)
-        return OpenAICompatible(record.name, pool, remote.continues)
+        endpoint = _endpoint(record, record.base_url)
+        above = msgspec.structs.replace(endpoint, path=endpoint.path.removesuffix("/v1"))
+        pool, root = (_pool(record, at, remote, environ) for at in (endpoint, above))
+        return OpenAICompatible(record.name, pool, root, remote.continues)
     if record.kind == "ollama":
         endpoint = _endpoint(record, record.base_url or OLLAMA_URL)
         options = _options(record, OllamaOptions)

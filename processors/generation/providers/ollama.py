@@ -174,8 +174,10 @@ class Ollama(Provider):
     async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
         """Exact prompt tokens, by generating one token; raises `ContextLengthExceeded` where the server would cut.
 
-        `emitted` is always empty.
+        None with `emitted`: the server ends what the assistant has said, which adds tokens that are no part of it.
         """
+        if emitted:
+            return None
         return await self._count(model, await self._prepare(model, body))
 
     def generate(

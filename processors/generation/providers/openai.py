@@ -8,13 +8,15 @@ from typing import TypeVar
 
 import msgspec
 
-from headrace.errors import ProviderError
+from headrace.errors import HeadraceError, ProviderDeclined, ProviderError
 from processors.generation.providers import chat
 from processors.generation.providers.base import BackendModel, LoadedModel, ModelFacts, Piece, Provider
 from processors.generation.providers.pool import Pool
 from schemas.control import Model
 
 T = TypeVar("T")
+_TOKENIZED = ("model", "messages", "tools", "chat_template_kwargs")
+"""Fields of a chat that vLLM's `/tokenize` takes and that change the prompt."""
 
 
 class _Meta(msgspec.Struct):
@@ -42,6 +44,10 @@ class _List(msgspec.Struct):
     data: list[_Listed] = []
 
 
+class _Tokenized(msgspec.Struct):
+    count: int
+
+
 class _Embedding(msgspec.Struct):
     index: int
     embedding: list[float]
@@ -54,14 +60,20 @@ class _Embeddings(msgspec.Struct):
 class OpenAICompatible(Provider):
     """A server that somebody else runs: it loads and unloads by its own rules, so only its answers are observed."""
 
-    def __init__(self, name: str, pool: Pool, continues: str | None = None) -> None:
-        """`continues` (of `schemas.control.CONTINUES`) is how the server goes on with a text; None where it cannot."""
+    def __init__(self, name: str, pool: Pool, root: Pool, continues: str | None = None) -> None:
+        """`continues` (of `schemas.control.CONTINUES`) is how the server goes on with a text; None where it cannot.
+
+        `root` leads to the same server without the `/v1` of its base URL.
+        """
         self.name = name
         self.can_continue = continues is not None
         self._continues = continues
         self._pool = pool
+        self._root = root
         self._where = f"provider {name!r} ({pool.endpoint})"
         self._loaded: dict[str, Model] = {}
+        self._counts = [self._llama_count, self._vllm_count]
+        """The calls that count, of which the server has not yet said that it knows no such path."""
 
     async def health(self) -> None:
         """Return when the server lists its models. Raises `ProviderError`."""
@@ -98,8 +110,25 @@ class OpenAICompatible(Provider):
         return [LoadedModel(model=one.id, tag=one.backend_tag) for one in self._loaded.values()]
 
     async def count_prompt(self, model: Model, body: Mapping[str, object], *, emitted: str = "") -> int | None:
-        """None: this API has no call that counts; the server itself refuses what is too long."""
+        """By the server's own call, which OpenAI's API lacks: llama-server's or vLLM's. None where it has neither."""
+        asked = {**chat.continued(body, emitted), "model": model.backend_tag}
+        for count in self._counts:
+            try:
+                return await count(asked, bool(emitted))
+            except ProviderDeclined:
+                self._counts = [other for other in self._counts if other != count]
+            except (HeadraceError, msgspec.DecodeError):
+                continue
         return None
+
+    async def _llama_count(self, asked: Mapping[str, object], open_ended: bool) -> int:
+        return await chat.count_tokens(self._pool, asked)
+
+    async def _vllm_count(self, asked: Mapping[str, object], open_ended: bool) -> int:
+        known = {name: asked[name] for name in _TOKENIZED if name in asked}
+        how = {"add_generation_prompt": not open_ended, "continue_final_message": open_ended}
+        answer = await self._root.call("POST", "/tokenize", msgspec.json.encode(known | how))
+        return msgspec.json.decode(answer, type=_Tokenized).count
 
     def generate(
         self, model: Model, body: Mapping[str, object], *, emitted: str = "", adapter: str = ""
@@ -122,6 +151,7 @@ class OpenAICompatible(Provider):
     async def close(self) -> None:
         """Close every connection."""
         await self._pool.close()
+        await self._root.close()
 
     async def _served(self, model: Model) -> _Listed:
         served = await self._models()
