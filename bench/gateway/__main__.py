@@ -15,6 +15,7 @@ from bench.gateway.measure import KEY_VARIABLE, LoadFailed
 from bench.gateway.processes import NotReady
 from bench.gateway.report import show
 from bench.gateway.scenarios import Scenario, scenarios
+from bench.gateway.targets import failed
 from bench.output import RESULTS, new_console, save
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
@@ -47,7 +48,9 @@ def run(
     ] = None,
     pid: Annotated[list[int] | None, typer.Option(help="With --base-url: root process of what is measured.")] = None,
     upstream_port: Annotated[int, typer.Option(help="Port of the mock upstream; 0 takes a free one.")] = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 when a target is missed.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit 1 when any target is missed, not only a gate.")
+    ] = False,
 ) -> None:
     """Measure Headrace beside the direct path and one Kafka hop, in one run."""
     console = new_console(WIDTH)
@@ -63,7 +66,7 @@ def run(
     )
     show(report, console)
     console.print(f"written to {save(report, report.kind, report.started, output)}", highlight=False)
-    if strict and any(verdict.outcome == "missed" for verdict in report.verdicts):
+    if failed(report.verdicts, strict=strict):
         raise typer.Exit(1)
 
 

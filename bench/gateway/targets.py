@@ -21,6 +21,13 @@ class Verdict(msgspec.Struct, kw_only=True, frozen=True):
     figure: str
     goal: str
     outcome: Outcome
+    gate: bool = False
+    """Whether it is about correctness: missing it is a defect."""
+
+
+def failed(verdicts: Sequence[Verdict], *, strict: bool) -> bool:
+    """Whether a run with these verdicts fails: a gate was missed, or with `strict` anything was."""
+    return any(verdict.outcome == "missed" and (strict or verdict.gate) for verdict in verdicts)
 
 
 def at_most(value: float, goal: float, stretch: float | None = None) -> Outcome:
@@ -112,6 +119,7 @@ def _gate(own: Sequence[Measurement]) -> Verdict:
         figure="exact" if not broken else "broken in " + ", ".join(broken),
         goal="exact",
         outcome="missed" if broken else "met",
+        gate=True,
     )
 
 

@@ -23,7 +23,7 @@ from bench.gateway.figures import (
 from bench.gateway.measure import Measurement
 from bench.gateway.spec import Spec, SpecError, parse
 from bench.gateway.tally import Stats
-from bench.gateway.targets import at_least, at_most, judge
+from bench.gateway.targets import at_least, at_most, failed, judge
 from bench.gateway.usage import Usage, role_of
 from bench.gateway.wire import Rendering, chat_decoder
 
@@ -278,6 +278,9 @@ def test_targets_are_judged_from_the_figures_of_one_run() -> None:
         ("10.0% of a core", "met"),
     ]
     assert judge([], None, None) == []
+    assert [failed(verdicts, strict=strict) for strict in (False, True)] == [True, True], "tokens were lost"
+    targets = [verdict for verdict in verdicts if not verdict.gate]
+    assert [failed(targets, strict=strict) for strict in (False, True)] == [False, True]
 
 
 def test_an_answer_that_has_begun_goes_on_after_its_last_token() -> None:
