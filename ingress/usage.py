@@ -38,7 +38,7 @@ ANSWER: dict[int | str, dict[str, Any]] = {
 
 SPAN = timedelta(days=30)
 From = Annotated[datetime | None, Query(alias="from", description="Begin, ISO 8601; default 30 days before `to`.")]
-To = Annotated[datetime | None, Query(description="End, which does not belong to it; default now.")]
+To = Annotated[datetime | None, Query(alias="to", description="End, which does not belong to it; default now.")]
 Accept = Annotated[str, Header(include_in_schema=False)]
 Limit = Annotated[int, Query(ge=1, le=10_000, description="Most rows.")]
 

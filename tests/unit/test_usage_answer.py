@@ -1,10 +1,12 @@
-"""Answers about usage: what lies beyond the limit is told, and OpenAPI describes what is sent."""
+"""Answers about usage: what lies beyond the limit is told, and OpenAPI describes what is sent and what is asked."""
 
 from __future__ import annotations
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -60,6 +62,16 @@ def test_openapi_describes_what_is_sent(path: str) -> None:
     assert fields["properties"].keys() == {"start", *DIMENSIONS, "currency", *MEASURES}
     assert set(fields["required"]) == {"currency", *MEASURES}
     assert document["components"]["schemas"]["UsageRows"]["properties"]["bucket"]["enum"] == list(Bucket)
+
+
+@pytest.mark.parametrize("path", ["/v1/usage", "/admin/usage"])
+def test_what_may_be_asked_is_what_the_documentation_says(path: str) -> None:
+    section = (Path(__file__).parents[2] / "docs/api.md").read_text().split("\n## Usage\n")[1].split("\n## ")[0]
+    said = re.findall(r"^\| (`.*?`) \| (admin only)?", section, re.M)
+    wanted = {name for names, admins in said if path == "/admin/usage" or not admins for name in names.split(", ")}
+    document = make_app(cast(Services, SimpleNamespace(settings=Settings()))).openapi()
+    parameters = document["paths"][path]["get"]["parameters"]
+    assert {f"`{one['name']}`" for one in parameters if one["in"] == "query"} == wanted
 
 
 def test_the_description_fits_an_answer() -> None:

@@ -96,6 +96,8 @@ def test_what_a_caller_says_is_a_bound_value(value: str, name: str) -> None:
         ({"begin": BEGAN.replace(tzinfo=None)}, "offset"),
         ({"limit": 0}, "limit"),
         ({"bucket": Bucket.MINUTE}, "5000 steps"),
+        ({"begin": datetime(963, 4, 20, tzinfo=UTC)}, "1970 to 2105"),
+        ({"end": datetime(2106, 2, 8, tzinfo=UTC)}, "1970 to 2105"),
     ],
 )
 def test_what_cannot_be_asked_is_told(changes: dict[str, object], message: str) -> None:
