@@ -73,6 +73,30 @@ _START = {
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A row's place in the order of an answer: after it, the next page begins."""
+
+    start: int
+    """Of its step, in Unix seconds; 0 where there are no steps."""
+    cost: Decimal
+    requests: int
+    labels: tuple[str, ...]
+    """Of its group, the currency last."""
+
+    def fits(self, query: UsageQuery) -> bool:
+        """Whether a row of this question can be there: its values are numbers that the engine has."""
+        digits = self.cost.as_tuple()
+        return (
+            len(self.labels) == len(query.by) + 1
+            and 0 <= self.start < 2**32
+            and 0 <= self.requests < 2**64
+            and isinstance(digits.exponent, int)
+            and -18 <= digits.exponent <= 0
+            and abs(self.cost) < 10**20
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class UsageQuery:
     """What is asked. Times are aware; the range holds its begin and not its end."""
 
@@ -84,6 +108,8 @@ class UsageQuery:
     where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Dimension -> the values that count."""
     limit: int = 1000
+    after: Place | None = None
+    """The last row of the page before."""
 
     def __post_init__(self) -> None:
         """Raises `BadUsageQuery`."""
@@ -108,6 +134,8 @@ class UsageQuery:
         for name, values in self.where.items():
             if not 1 <= len(values) <= MAX_VALUES:
                 raise BadUsageQuery(f"give 1 to {MAX_VALUES} values for {name!r}")
+        if self.after is not None and not self.after.fits(self):
+            raise BadUsageQuery("`after` names no place in this answer")
 
     @property
     def rolled(self) -> bool:
@@ -236,12 +264,34 @@ def build(query: UsageQuery, windows: Windows) -> tuple[str, dict[str, object]]:
     shown = [*([f"{start} AS start"] if start else []), *named, "currency", *map(_measure, MEASURES)]
     groups = [*(["start"] if start else []), *labels]
     order = ["start"] if start else []
+    page = ""
+    if query.after is not None:
+        page = f"HAVING {_behind(query, values, query.after)} "
     sql = (
         f"SELECT {', '.join(shown)} FROM ({' UNION ALL '.join(selects)}) AS part "
-        f"GROUP BY {', '.join(groups)} "
+        f"GROUP BY {', '.join(groups)} {page}"
         f"ORDER BY {', '.join([*order, 'cost DESC', 'requests DESC', *labels])} LIMIT {{limit:UInt32}}"
     )
     return sql, values
+
+
+def _behind(query: UsageQuery, values: dict[str, object], after: Place) -> str:
+    """What is true of the rows that come after a place, whose values become parameters."""
+    values |= {"cost": f"{after.cost:f}", "requests": after.requests}
+    labels = [*(DIMENSIONS[name] for name in query.by), "currency"]
+    values |= {f"l{number}": label for number, label in enumerate(after.labels)}
+    places = ", ".join(f"{{l{number}:String}}" for number in range(len(labels)))
+    cost, requests = "{cost:Decimal(38, 18)}", "{requests:UInt64}"
+    behind = (
+        f"(cost < {cost} OR cost = {cost} AND (requests < {requests} OR requests = {requests} "
+        f"AND ({', '.join(labels)}) > ({places})))"
+    )
+    if query.bucket is Bucket.NONE:
+        return behind
+    values["start"] = after.start
+    # As a number: the engine would take a time that is compared for a filter on rows, and miss it in groups.
+    start, there = "toUnixTimestamp(start)", "{start:UInt32}"
+    return f"({start} > {there} OR {start} = {there} AND {behind})"
 
 
 def _measure(name: str) -> str:

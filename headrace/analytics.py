@@ -14,6 +14,7 @@ from clickhouse_connect.driver.asyncclient import AsyncClient
 
 from clickhouse.client import connect, database_name
 from clickhouse.errors import Away, code, sentence
+from clickhouse.usage_pages import last_id
 from clickhouse.usage_query import UsageQuery, Windows, build, plain, windows_sql
 from headrace.errors import Unavailable
 from headrace.settings import Settings
@@ -32,12 +33,15 @@ class UsageAnswer:
     rows: Sequence[tuple[object, ...]]
     has_more: bool = False
     """Whether there are rows beyond the limit."""
+    last_id: str | None = None
+    """After which the next page begins; None where there are no rows."""
 
     @classmethod
     def of(cls, query: UsageQuery, found: Sequence[Sequence[Any]]) -> UsageAnswer:
         """From what `answered` gives."""
         rows = [tuple(plain(value) for value in row) for row in found[: query.limit]]
-        return cls(query.columns, rows, len(found) > query.limit)
+        last = last_id(query, found[len(rows) - 1]) if rows else None
+        return cls(query.columns, rows, len(found) > query.limit, last)
 
     def dicts(self) -> list[dict[str, object]]:
         """A row a dict."""

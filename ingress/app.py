@@ -31,7 +31,7 @@ ROUTES = (
 )  # fmt: skip
 EXPOSED = [
     "x-request-id", "x-hr-stream-id", "x-hr-model", "retry-after", "x-should-retry", "etag",
-    "x-hr-has-more",
+    "x-hr-has-more", "x-hr-last-id",
     *(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")),
 ]  # fmt: skip
 """Headers of ours that a page in a browser may read."""

@@ -77,5 +77,7 @@ class UsageRows(BaseModel):
     """It does not belong to the range."""
     bucket: Literal["none", "minute", "hour", "day", "month"]
     has_more: bool
-    """Whether there are rows beyond the limit: ask for a shorter range, longer steps, or less by a filter."""
+    """Whether there are rows beyond the limit."""
+    last_id: str | None
+    """`after` of the next page; null where there are no rows."""
     data: list[UsageRow]

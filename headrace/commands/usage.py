@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from clickhouse import usage_pages
 from clickhouse.usage_query import DIMENSIONS, BadUsageQuery, Bucket, UsageQuery
 from headrace import sql
 from headrace.analytics import Analytics, UsageAnswer
@@ -31,6 +32,9 @@ def usage(
         list[str] | None, typer.Option("--where", help="A filter as dimension=value; may be repeated.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", help="Most rows.")] = 1000,
+    after: Annotated[
+        str | None, typer.Option("--after", help="What the page before says that the next one begins after.")
+    ] = None,
     form: Annotated[sql.Format, typer.Option("--format", help="How to print the answer.")] = sql.Format.TABLE,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Data directory of a local stack; default ./.headrace.")
@@ -38,8 +42,8 @@ def usage(
 ) -> None:
     """Requests, tokens, cost and mean durations (ms) of all tenants."""
     with plain_failures(BadUsageQuery, sql.BadInput):
-        until = end.replace(tzinfo=UTC) if end is not None else datetime.now(UTC)
-        since = begin.replace(tzinfo=UTC) if begin is not None else until - timedelta(days=30)
+        until = end.replace(tzinfo=UTC) if end is not None else None
+        since = begin.replace(tzinfo=UTC) if begin is not None else None
         filters: dict[str, tuple[str, ...]] = {}
         for text in where or []:
             name, mark, value = text.partition("=")
@@ -47,10 +51,12 @@ def usage(
                 raise sql.BadInput(f"--where {text!r} is not of the form dimension=value")
             filters[name] = (*filters.get(name, ()), value)
         names = tuple(name.strip() for name in by.split(",") if name.strip())
-        query = UsageQuery(since, until, bucket, names, filters, limit)
+        query = usage_pages.asked(
+            since, until, bucket, by=names, where=filters, limit=limit, after=after, now=datetime.now(UTC)
+        )
         answer = asyncio.run(_ask(resolve(data_dir), query))
     if answer.has_more:
-        typer.echo(f"there are more than {limit} rows; --limit shows more of them", err=True)
+        typer.echo(f"there are more rows; the same command shows the next ones with --after {answer.last_id}", err=True)
     if form is sql.Format.CSV:
         typer.echo(answer.csv(), nl=False)
     else:

@@ -12,7 +12,7 @@ from headrace.access import Permission
 from headrace.errors import InvalidRequest
 from ingress import guard
 from ingress.services import Services
-from ingress.usage import ANSWER, Accept, From, Limit, To, asked, rendered
+from ingress.usage import ANSWER, Accept, After, From, Limit, To, asked, rendered
 
 router = guard.router(prefix="/admin", tags=["admin: usage"])
 
@@ -31,13 +31,14 @@ async def usage(
         list[str] | None, Query(description="A filter as `dimension:value`; of one dimension any value counts.")
     ] = None,
     limit: Limit = 1000,
+    after: After = None,
     form: Annotated[Literal["json", "csv"] | None, Query(alias="format")] = None,
     accept: Accept = "",
 ) -> Response:
     """Requests, tokens, cost and mean durations; the dearest first. Money of different currencies is never added."""
     services: Services = request.app.state.services
     names = tuple(name.strip() for name in by.split(",") if name.strip())
-    query = asked(begin, end, bucket, by=names, where=filters(where or []), limit=limit)
+    query = asked(begin, end, bucket, by=names, where=filters(where or []), limit=limit, after=after)
     return rendered(query, await services.analytics.usage(query), form, accept)
 
 

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from clickhouse_connect.driver.asyncclient import AsyncClient
 
+from clickhouse import usage_pages
 from clickhouse.client import connect
 from clickhouse.migrate import migrate
 from clickhouse.projection import Projection
@@ -252,6 +253,40 @@ async def test_questions_over_any_range_are_answered_as_python_counts(own: tuple
             for limit, more in ((len(groups) - 1, True), (len(groups), False)):
                 cut = await analytics.usage(replace(query, limit=limit))
                 assert (list(cut.rows), cut.has_more) == (list(answer.rows[:limit]), more)
+    await analytics.stop()
+
+
+@pytest.mark.parametrize("bucket", [Bucket.NONE, Bucket.HOUR, Bucket.DAY, Bucket.MONTH])
+async def test_pages_give_each_row_once_in_the_order_of_the_whole_answer(
+    own: tuple[Settings, AsyncClient], bucket: Bucket
+) -> None:
+    """Also where many rows cost the same, of as many requests, in two currencies, with names that need quoting."""
+    conf, client = own
+    records = history(random.Random(6), 80)
+    for number, name in enumerate(("a'); --", "a\\", "ü", "", "z") * 4):
+        event = usage_event(
+            900 + number, tenant=name, model=f"m{number % 2}", currency=("USD", "EUR")[number // 10],
+            cost=Decimal(0), accepted_ms=_ms(BEGAN),
+        )  # fmt: skip
+        records.append(Record("usage.events", len(records), msgspec.json.encode(event)))
+    await Projection(client, conf.clickhouse_database).write(items(records))
+    analytics = Analytics(conf)
+    by = ("app", "model")
+    whole = await analytics.usage(UsageQuery(BEGAN, LATER, bucket, by))
+    assert len(whole.rows) > 15 and not whole.has_more
+    pages, after = [], None
+    while True:
+        query = usage_pages.asked(
+            *((BEGAN, LATER) if after is None else (None, None)), bucket, by=by, where={}, limit=2, after=after,
+            now=LATER,
+        )  # fmt: skip
+        page = await analytics.usage(query)
+        pages += page.rows
+        assert len(pages) <= len(whole.rows), "no row comes twice"
+        if not page.has_more:
+            break
+        after = page.last_id
+    assert pages == list(whole.rows)
     await analytics.stop()
 
 

@@ -21,6 +21,10 @@ def made_key(stack: Stack, app: str) -> str:
     return next(word for word in printed.split() if word.startswith("hr-"))
 
 
+def month_begin() -> str:
+    return f"{datetime.now(UTC):%Y-%m}-01T00:00:00Z"
+
+
 async def test_usage_is_the_keys_own_and_a_month_can_be_priced_anew(stack: Stack, api: Api, tmp_path: Path) -> None:
     mine, others = fresh("mine"), fresh("others")
     async with Api(stack, key=made_key(stack, mine)) as one, Api(stack, key=made_key(stack, others)) as other:
@@ -53,6 +57,23 @@ async def test_usage_is_the_keys_own_and_a_month_can_be_priced_anew(stack: Stack
         assert table.headers["x-hr-has-more"] == "false"
         table = await api.get(f"{asked}&limit=1", accept="text/csv")
         assert (table.headers["x-hr-has-more"], len(table.text.splitlines())) == ("true", 2)
+        assert cut.last_id is not None
+        rest = UsageRows.model_validate((await api.get(f"{asked}&after={cut.last_id}")).json(), strict=True)
+        assert ([*cut.data, *rest.data], rest.has_more) == (everybody.data, False), "the next page has the other"
+        rest_table = await api.get(f"{asked}&after={table.headers['x-hr-last-id']}", accept="text/csv")
+        assert rest_table.headers["x-hr-has-more"] == "false"
+        assert {line.split(",")[1] for line in (table.text + rest_table.text).splitlines()} == {"tenant", mine, others}
+        wrong = await api.get(f"{asked}&bucket=day&after={cut.last_id}")
+        assert wrong.status_code == 400 and "same question" in wrong.json()["error"]["message"]
+        by_two = ("usage", "--by", "tenant", "--where", f"tenant={mine}", "--where", f"tenant={others}")
+        first = stack.run(*by_two, "--limit", "1", "--format", "csv")
+        assert "the same command shows the next ones with --after" in first.stderr
+        after = first.stderr.split()[-1]
+        second = stack.run(*by_two, "--after", after, "--format", "csv")
+        assert not second.stderr and f"{others},USD,1,3," in first.stdout + second.stdout
+        assert f"{mine},USD,2,6," in first.stdout + second.stdout
+        early = await api.get(f"/admin/usage?to={month_begin()}")
+        assert mine not in early.text, "usage after `to` does not belong to it"
         printed = stack.run("usage", "--by", "tenant", "--where", f"tenant={mine}", "--format", "csv").stdout
         assert f"{mine},USD,2,6," in printed
 

@@ -38,7 +38,9 @@ CHOICES = [{"index": 0, "message": MESSAGE, "finish_reason": "stop", "logprobs":
 def asked() -> Sent:
     """The first golden message, as the router reads it."""
     headers = [(name, value.encode()) for name, value in ASKED["headers"].items()]
-    return sender(Sample(headers, ASKED["body"].encode()), SEALS, {"shop": App("shop", "Shop", publishers={"orders-1": PUBLIC})})
+    return sender(
+        Sample(headers, ASKED["body"].encode()), SEALS, {"shop": App("shop", "Shop", publishers={"orders-1": PUBLIC})}
+    )
 
 
 def terminal(status: Status, error: HeadraceError | None = None, **changes: Any) -> Terminal:

@@ -1,4 +1,4 @@
-"""What a wheel of `pyproject.toml` holds: every package says that it is typed, and nothing that ignores files says no."""
+"""What a wheel of `pyproject.toml` holds: every package says that it is typed, and no rule leaves that out."""
 
 from __future__ import annotations
 

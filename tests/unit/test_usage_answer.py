@@ -48,6 +48,8 @@ def test_whether_there_is_more_is_told_in_either_form(found: int, more: bool) ->
     assert [one["tenant"] for one in shown["data"]] == ["a", "b"][:found]
     table = rendered(QUERY, answer, None, "text/csv")
     assert table.headers["x-hr-has-more"] == ("true" if more else "false")
+    assert table.headers.get("x-hr-last-id") == shown["last_id"] == answer.last_id
+    assert (shown["last_id"] is None) is (found == 0)
     assert len(bytes(table.body).splitlines()) == 1 + min(found, 2)
 
 
@@ -58,6 +60,7 @@ def test_openapi_describes_what_is_sent(path: str) -> None:
     assert described["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/UsageRows"}
     assert described["content"]["text/csv"]["schema"] == {"type": "string"}
     assert described["headers"]["x-hr-has-more"]["schema"]["enum"] == ["true", "false"]
+    assert described["headers"]["x-hr-last-id"]["schema"] == {"type": "string"}
     fields = document["components"]["schemas"]["UsageRow"]
     assert fields["properties"].keys() == {"start", *DIMENSIONS, "currency", *MEASURES}
     assert set(fields["required"]) == {"currency", *MEASURES}

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from clickhouse import usage_pages
 from clickhouse.usage_query import (
     DAY_S,
     DIMENSIONS,
     HOUR_S,
     MAX_RANGES,
+    MEASURES,
     BadUsageQuery,
     Bucket,
     Cover,
@@ -104,3 +110,82 @@ def test_what_cannot_be_asked_is_told(changes: dict[str, object], message: str) 
     asked: dict[str, object] = {"begin": BEGAN, "end": BEGAN + timedelta(days=30)} | changes
     with pytest.raises(BadUsageQuery, match=message):
         UsageQuery(**asked)  # type: ignore[arg-type]
+
+
+END = BEGAN + timedelta(days=30)
+
+
+def question(after: str | None = None, **changes: Any) -> UsageQuery:
+    said: dict[str, Any] = {"by": ("tenant", "model"), "where": {"key": ("k1", "k2")}, "limit": 2, **changes}
+    begin, end = said.pop("begin", None if after else BEGAN), said.pop("end", None if after else END)
+    return usage_pages.asked(begin, end, said.pop("bucket", Bucket.DAY), after=after, now=END, **said)
+
+
+def row(tenant: str) -> list[object]:
+    """As ClickHouse's client gives it."""
+    return [BEGAN.replace(tzinfo=None), tenant, "m", "USD", *(Decimal("0.5") if n == "cost" else 7 for n in MEASURES)]
+
+
+@given(tenant=HOSTILE)
+def test_the_next_page_is_of_the_same_range_and_what_it_begins_after_are_bound_values(tenant: str) -> None:
+    after = usage_pages.last_id(question(), row(f"\u2603{tenant}"))
+    next_one = question(after)
+    assert (next_one.begin, next_one.end) == (BEGAN, END)
+    assert question(after, begin=BEGAN, end=END, limit=500).after == next_one.after
+    sql, values = build(next_one, Windows())
+    assert "\u2603" not in sql and f"\u2603{tenant}" in values.values()
+    assert sql == build(question(usage_pages.last_id(question(), row("x"))), Windows())[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"by": ("model", "tenant")},
+        {"by": ("tenant", "model", "status")},
+        {"where": {"key": ("k1",)}},
+        {"where": {}},
+        {"bucket": Bucket.NONE},
+        {"begin": BEGAN - timedelta(days=1)},
+        {"end": END + timedelta(seconds=1)},
+    ],
+)
+def test_a_page_of_another_question_is_refused(changes: dict[str, object]) -> None:
+    after = usage_pages.last_id(question(), row("a"))
+    with pytest.raises(BadUsageQuery, match="of the same question"):
+        question(after, **changes)
+
+
+def forged(**changes: object) -> str:
+    text = usage_pages.last_id(question(), row("a"))
+    names = ("digest", "begin", "end", "start", "cost", "requests", "labels")
+    kept = dict(zip(names, json.loads(base64.urlsafe_b64decode(text + "==")), strict=True)) | changes
+    return base64.urlsafe_b64encode(json.dumps(list(kept.values())).encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "", "x", "é", "%%%", "bnVsbA", "W10", forged(begin="2026-09-29T00:00:00"), forged(requests=-1),
+        forged(requests=2**64), forged(start=-1), forged(start=2**32), forged(labels=["a"]), forged(cost="NaN"),
+        forged(cost="1E500"), forged(cost="-Infinity"), forged(cost="0." + "1" * 19), forged(cost="1" + "0" * 21),
+    ],
+)  # fmt: skip
+def test_what_no_page_ended_with_is_refused(after: str) -> None:
+    with pytest.raises(BadUsageQuery, match="`after`"):
+        question(after)
+
+
+@given(end=st.datetimes(timezones=st.just(UTC)) | st.just(datetime.min.replace(tzinfo=UTC)))
+def test_any_end_makes_a_question_or_is_refused_with_a_sentence(end: datetime) -> None:
+    try:
+        assert question(begin=None, end=end).begin == end - timedelta(days=30)
+    except BadUsageQuery as refused:
+        assert "1970 to 2105" in str(refused) and not datetime(1970, 2, 1, tzinfo=UTC) < end < datetime(
+            2106, 1, 1, tzinfo=UTC
+        )
+
+
+@given(after=st.text())
+def test_whatever_stands_for_the_page_before_is_refused_with_a_sentence(after: str) -> None:
+    with pytest.raises(BadUsageQuery, match="`after`"):
+        question(after)
