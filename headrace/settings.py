@@ -11,15 +11,16 @@ import os
 import socket
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AliasChoices, ByteSize, Field, FilePath, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AliasChoices, ByteSize, Field, FilePath, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from topics.cluster import Cluster, SaslMechanism, SecurityProtocol
 from topics.signing import Seals
 
 INGRESS_SECRET_FILE = "ingress.secret"  # noqa: S105 - the name of a file
+Part = Literal["kafka", "redis", "clickhouse"]
 
 
 class NoIngressSecret(Exception):
@@ -78,6 +79,9 @@ class Settings(BaseSettings):
     admin_key: SecretStr | None = None
     env: Literal["development", "production"] = "development"
     """In `production` a process does not start with a secret that is missing, short or known from examples."""
+    open_parts: Annotated[frozenset[Part], NoDecode] = frozenset()
+    """Comma-separated parts that production may reach without a password, or unencrypted: `kafka`, `redis`,
+    `clickhouse`; for a network of their own."""
     jwt_secret: SecretStr | None = Field(default=None, validation_alias=_also("jwt_secret"))
     """What access tokens are signed with; without one each ingress makes its own, so that
     tokens are good there alone, and until it ends. A local stack has one."""
@@ -132,6 +136,11 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] = "json"
     metrics_port: int | None = None
     """Serve this role's own `/metrics` on this port of `host`; every role also shows through the ingress."""
+
+    @field_validator("open_parts", mode="before")
+    @classmethod
+    def _parted(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _can_say_who_it_is(self) -> Self:

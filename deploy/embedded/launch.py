@@ -223,6 +223,7 @@ class _Stack:
 
     def _environment(self) -> dict[str, str]:
         own = {"HEADRACE_ADMIN_KEY": self._admin_key, "HEADRACE_HOST": self._options.host}
+        own["HEADRACE_OPEN_PARTS"] = "kafka"  # The broker listens on the loopback address alone.
         own["HEADRACE_JWT_SECRET"] = self._options.jwt_secret or jwt_secret(self._data)
         if self._options.config:
             own["HEADRACE_CONFIG"] = str(self._options.config.resolve())

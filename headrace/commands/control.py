@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import SecretStr
 from rich.console import Console
 
 from headrace import api_keys
 from headrace.apply import apply_config
 from headrace.commands import apps, keys, prices, users
-from headrace.commands.failures import plain_failures
+from headrace.commands.failures import plain_failures, stop
 from headrace.commands.records import DataDir, read, table_of
 from headrace.config import ConfigError, find_config, load_config
 from headrace.errors import HeadraceError
 from headrace.local import resolve
+from headrace.production import FILES_KEYS, faults
 
 
 def register(app: typer.Typer) -> None:
@@ -38,9 +40,12 @@ def apply(
     """Put what headrace.toml says into force, and wait until it is."""
     with plain_failures(HeadraceError, ConfigError):
         conf = resolve(data_dir)
+        admin_key = api_keys.find_admin_key(conf)
+        if refused := faults(conf.model_copy(update={"admin_key": SecretStr(admin_key)}), FILES_KEYS):
+            raise stop("\n".join(refused))
         path = find_config(config, conf.config)
         found = load_config(path, ollama_models=conf.ollama_models, ollama_base_url=conf.ollama_base_url)
-        done = asyncio.run(apply_config(conf, found, admin_key=api_keys.find_admin_key(conf)))
+        done = asyncio.run(apply_config(conf, found, admin_key=admin_key))
     for line in done or ["nothing to do"]:
         typer.echo(line)
 

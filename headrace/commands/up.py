@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Run the whole stack in the foreground until Ctrl-C; prints `ready http://HOST:PORT` when it serves."""
         from headrace.config import find_config
-        from headrace.production import faults
+        from headrace.production import MAKES_PARTS, faults
         from headrace.settings import settings
 
         try:
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
         if config is not None and not config.is_file():
             raise _refuse(f"{config} is not a file: pass the path of a headrace.toml")
         known = settings()
-        if refused := faults(known, "up"):
+        if refused := faults(known, MAKES_PARTS):
             raise _refuse("\n".join(refused))
         try:
             options = launch.StackOptions(
