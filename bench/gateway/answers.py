@@ -87,7 +87,8 @@ class StreamedAnswer(Answer):
                 return self._start
         if self._interval and self._sent < self._step:
             sent = self._sent
-            self._caller.send(self._rendering.token(self._spec.seq + sent, now))
+            token = self._rendering.token(self._spec.seq + sent, now)
+            self._caller.send(token if sent else self._rendering.opening() + token)
             self._sent = self._attempt.tokens = sent + 1
             if sent + 1 < self._step:
                 return self._start + (sent + 1) * self._interval
@@ -99,7 +100,8 @@ class StreamedAnswer(Answer):
         """Write all tokens up to the next step in one go."""
         numbers = range(self._spec.seq + self._sent, self._spec.seq + self._step)
         if numbers:
-            self._caller.send(b"".join([self._rendering.token(number, now) for number in numbers]))
+            opening = b"" if self._sent else self._rendering.opening()
+            self._caller.send(opening + b"".join([self._rendering.token(number, now) for number in numbers]))
         self._sent = self._attempt.tokens = max(self._sent, self._step)
 
     def _special(self) -> int:

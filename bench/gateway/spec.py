@@ -30,6 +30,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     """Number of the first token: callers give each stream its own range, so that a foreign token shows."""
     filler: int = 0
     """Dots after each token, where the text is to be long."""
+    calls: bool = False
+    """Answer a stream with a call of a function: the tokens are its arguments."""
     id: str = ""
     """Name under which `/stats` counts this request, and by which tries of the same request are told."""
     keep_body: bool = False

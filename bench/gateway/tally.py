@@ -23,7 +23,7 @@ class Try(msgspec.Struct, kw_only=True):
     number: int
     received_ns: int
     tokens: int = 0
-    """Tokens written to the socket so far."""
+    """Tokens of each choice written to the socket so far."""
     outcome: str = RUNNING
     """running | hanging | finished | disconnected | died | refused | failed:<status>."""
     ended_ns: int | None = None

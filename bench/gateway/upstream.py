@@ -4,7 +4,8 @@
 and `/health`. A `#bench` line in the last message (see `spec.py`) says what each answer shall be. Token k reads
 ` t{k}@{ns}`, where ns is CLOCK_MONOTONIC at the moment of writing: one clock for all processes of a host, so a
 reader subtracts it from its own time and has the delay of that token. A last message of the assistant with such tokens
-is continued after its last one.
+is continued after its last one. A stream has as many choices (all with the same tokens) and log probabilities as the
+body asks for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from bench.gateway.spec import Spec, SpecError
 from bench.gateway.tally import Stats, Try
 from bench.gateway.wheel import Wheel
 from bench.gateway.wire import Chat, Rendering, chat_decoder, error, response
+
+MOST_CHOICES = 16
 
 
 class Upstream:
@@ -170,8 +173,8 @@ class Connection(asyncio.Protocol):
         except (msgspec.DecodeError, SpecError) as problem:
             self.send(error(400, str(problem)))
             return
-        if chat.n not in (None, 1):
-            self.send(error(400, "this server generates one choice only: n must be 1"))
+        if chat.n is not None and not 1 <= chat.n <= (MOST_CHOICES if chat.stream else 1):
+            self.send(error(400, f"n must be 1, or up to {MOST_CHOICES} in a stream"))
             return
         attempt = upstream.stats.begin(spec.id, now)
         self._running = (spec.id, attempt)
@@ -187,7 +190,10 @@ class Connection(asyncio.Protocol):
             self._generate(chat, spec, attempt)
 
     def _generate(self, chat: Chat, spec: Spec, attempt: Try) -> None:
-        rendering = Rendering(self._upstream.stats.requests, chat.model, spec.filler)
+        rendering = Rendering(
+            self._upstream.stats.requests, chat.model, spec.filler,
+            choices=chat.n or 1, logprobs=bool(chat.logprobs), calls=spec.calls,
+        )  # fmt: skip
         prompt = chat.words() if spec.prompt_tokens is None else spec.prompt_tokens
         if chat.stream:
             usage = chat.stream_options is not None and chat.stream_options.include_usage

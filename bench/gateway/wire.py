@@ -19,6 +19,8 @@ STREAM_HEAD = (
 DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 GARBAGE = b'data: {"choices":[{"delta":{"content":"\xff\xfe\n\n'
 TOKEN = re.compile(r" t(\d+)@\d+")
+LOGPROBS = '{"content":[{"token":" t","logprob":-0.5,"bytes":null,"top_logprobs":[]}],"refusal":null}'
+"""Of every token, where a caller asks for them."""
 REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}
 
 
@@ -60,6 +62,7 @@ class Chat(msgspec.Struct):
     metadata: dict[str, str] | None = None
     user: str | None = None
     n: int | None = 1
+    logprobs: bool | None = False
 
     def spec(self, default: Spec) -> Spec:
         """The spec of the last message, else of `metadata.bench`, else of `user`. Raises SpecError.
@@ -99,42 +102,74 @@ chat_decoder = msgspec.json.Decoder(Chat)
 
 
 class Rendering:
-    """The bytes of one answer: role chunk, tokens, finish, usage, or the whole body when not streamed."""
+    """The bytes of one answer: role chunk, tokens, finish, usage, or the whole body when not streamed.
 
-    __slots__ = ("_fixed", "_id", "_model", "_prefix", "_suffix", "created")
+    A stream may have several choices, which all have the same tokens.
+    """
 
-    def __init__(self, number: int, model: str, filler: int = 0) -> None:
-        """`filler`: dots after each token."""
+    __slots__ = ("_calls", "_choices", "_fixed", "_id", "_model", "_others", "_prefix", "_suffix", "created")
+
+    def __init__(
+        self,
+        number: int,
+        model: str,
+        filler: int = 0,
+        *,
+        choices: int = 1,
+        logprobs: bool = False,
+        calls: bool = False,
+    ) -> None:
+        """`filler`: dots after each token. `calls`: tokens are the arguments of a call."""
         self.created = int(time.time())
         self._id = f"chatcmpl-bench{number}"
         self._model = msgspec.json.encode(model).decode()
-        self._prefix = self._event('{"content":" t').encode()
-        self._suffix = b"." * filler + b'"},"logprobs":null,"finish_reason":null}]}\n\n'
+        self._calls = calls
+        self._choices = range(choices)
+        begin, end = (
+            ('{"tool_calls":[{"index":0,"function":{"arguments":"', '"}}]}') if calls else ('{"content":"', '"}')
+        )
+        self._prefix, *self._others = (self._event(f"{begin} t", index).encode() for index in self._choices)
+        rest = f'{end},"logprobs":{LOGPROBS if logprobs else "null"},"finish_reason":null}}]}}\n\n'
+        self._suffix = b"." * filler + rest.encode()
         self._fixed = len(self._prefix) + len(self._suffix)
 
-    def _event(self, delta: str) -> str:
+    def _event(self, delta: str, index: int) -> str:
         return (
             f'data: {{"id":"{self._id}","object":"chat.completion.chunk","created":{self.created},'
-            f'"model":{self._model},"choices":[{{"index":0,"delta":{delta}'
+            f'"model":{self._model},"choices":[{{"index":{index},"delta":{delta}'
         )
+
+    def _events(self, delta: str, reason: str = "null") -> bytes:
+        """A delta of every choice, as one HTTP chunk."""
+        rest = f'{delta},"logprobs":null,"finish_reason":{reason}}}]}}\n\n'
+        return chunked("".join([self._event(rest, index) for index in self._choices]).encode())
 
     def role(self) -> bytes:
         """The first chunk, which names the role."""
-        return chunked(
-            self._event('{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n').encode()
-        )
+        return self._events('{"role":"assistant","content":""}')
+
+    def opening(self) -> bytes:
+        """What comes right before the first token: the name of the function, where tokens are its arguments."""
+        if not self._calls:
+            return b""
+        function = '"function":{"name":"count","arguments":""}'
+        return self._events(f'{{"tool_calls":[{{"index":0,"id":"call-{self._id}","type":"function",{function}}}]}}')
 
     def token(self, number: int, now: int) -> bytes:
-        """Token `number`, sent at `now` (CLOCK_MONOTONIC, nanoseconds), as one HTTP chunk."""
+        """Token `number` of every choice, sent at `now` (CLOCK_MONOTONIC, nanoseconds); an HTTP chunk each."""
         text = b"%d@%d" % (number, now)
-        return b"%x\r\n%b%b%b\r\n" % (self._fixed + len(text), self._prefix, text, self._suffix)
+        first = b"%x\r\n%b%b%b\r\n" % (self._fixed + len(text), self._prefix, text, self._suffix)
+        if not self._others:
+            return first
+        return first + b"".join([chunked(prefix + text + self._suffix) for prefix in self._others])
 
     def finish(self, reason: str) -> bytes:
         """The last choice chunk, which says why generation ended."""
-        return chunked(self._event(f'{{}},"logprobs":null,"finish_reason":"{reason}"}}]}}\n\n').encode())
+        return self._events("{}", '"tool_calls"' if self._calls and reason == "stop" else f'"{reason}"')
 
-    def usage(self, prompt: int, completion: int) -> bytes:
-        """The chunk that `stream_options.include_usage` asks for."""
+    def usage(self, prompt: int, tokens: int) -> bytes:
+        """The chunk that `stream_options.include_usage` asks for, of so many tokens in each choice."""
+        completion = tokens * len(self._choices)
         return chunked(
             f'data: {{"id":"{self._id}","object":"chat.completion.chunk","created":{self.created},'
             f'"model":{self._model},"choices":[],"usage":{_usage(prompt, completion)}}}\n\n'.encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from array import array
 
 import msgspec
@@ -26,6 +27,7 @@ from bench.gateway.tally import Stats
 from bench.gateway.targets import at_least, at_most, failed, judge
 from bench.gateway.usage import Usage, role_of
 from bench.gateway.wire import Rendering, chat_decoder
+from topics.fold import Fold
 
 
 class Recorder:
@@ -45,11 +47,12 @@ class Recorder:
         self.ends.append(outcome)
 
 
-def play(spec: Spec, limit: int | None = None) -> tuple[Recorder, list[int]]:
+def play(spec: Spec, limit: int | None = None, rendering: Rendering | None = None) -> tuple[Recorder, list[int]]:
     """Run a streamed answer to its end on a made-up clock; returns what came and when tokens were due (ms)."""
     caller, stats = Recorder(), Stats()
     attempt = stats.begin(spec.id, 0)
-    answer = StreamedAnswer(caller, spec, attempt, Rendering(1, "bench"), prompt=3, limit=limit, include_usage=True)
+    made = rendering or Rendering(1, "bench")
+    answer = StreamedAnswer(caller, spec, attempt, made, prompt=3, limit=limit, include_usage=True)
     now, times = answer.first_due(), []
     while True:
         before = attempt.tokens
@@ -199,6 +202,37 @@ def test_a_stream_without_interval_and_with_a_limit() -> None:
     caller, times = play(Spec(tokens=9, interval_ms=0, ttft_ms=20), limit=4)
     assert times == [20] * 4
     assert b'"finish_reason":"length"' in caller.data
+
+
+@pytest.mark.parametrize("interval", [0, 50])
+@pytest.mark.parametrize(("choices", "logprobs", "calls"), [(2, False, False), (1, True, False), (2, False, True)])
+def test_a_stream_of_choices_log_probabilities_and_calls(
+    interval: int, choices: int, logprobs: bool, calls: bool
+) -> None:
+    rendering = Rendering(1, "bench", choices=choices, logprobs=logprobs, calls=calls)
+    caller, _ = play(Spec(tokens=3, interval_ms=interval, seq=40), rendering=rendering)
+    events = [msgspec.json.decode(line) for line in re.findall(rb"data: (\{.*)\n\n", caller.data)]
+    fold = Fold()
+    for event in events:
+        fold.raw(msgspec.json.encode(event["choices"]))
+    told = msgspec.json.decode(fold.choices())
+    assert [choice["index"] for choice in told] == list(range(choices))
+    for choice in told:
+        message = choice["message"]
+        text = message["content"]
+        if calls:
+            [call] = message["tool_calls"]
+            assert text is None and call["id"] and call["function"]["name"] == "count"
+            text = call["function"]["arguments"]
+        assert re.findall(r" t(\d+)@", text) == ["40", "41", "42"]
+        assert choice["finish_reason"] == ("tool_calls" if calls else "stop")
+        assert len(choice["logprobs"]["content"] if logprobs else ()) == 3 * logprobs
+        assert logprobs or choice["logprobs"] is None
+    assert events[-1]["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 3 * choices,
+        "total_tokens": 3 + 3 * choices,
+    }
 
 
 @pytest.mark.parametrize("interval", [0, 50])
