@@ -52,7 +52,7 @@ class _Wish(NamedTuple):
     waited_ms: int
     """How long its oldest request has waited."""
     lacked_ms: int
-    """How long of that nobody had the model loaded."""
+    """How long there has been somebody who waits, not with batch work, while nobody had the model loaded."""
     may_evict: bool
     """Whether somebody waits for it or asked for it; one that is only to be there at hand takes free memory."""
     batch_only: bool
@@ -154,8 +154,10 @@ def _wish(pool: Pool, model: Model, now_ms: int) -> _Wish:
     pressing = queue.oldest(batch=False) if queue else None
     oldest = pressing or (queue.oldest() if queue else None)
     waited = now_ms - oldest.waiting_ms if oldest is not None else 0
+    # Since somebody waits, not since the oldest came: where callers leave before W_max, it would never be late.
+    since_ms = queue.pressing_ms if queue and pressing else now_ms - waited
     ready_ms = pool.ready_ms.get(model.id, 0)
-    lacked = waited if ready_ms > now_ms else min(waited, now_ms - ready_ms)  # a clock may have been put back
+    lacked = now_ms - (since_ms if ready_ms > now_ms else max(since_ms, ready_ms))  # a clock may have been put back
     may_evict = oldest is not None or model.id in pool.wanted
     late = pressing is not None and 2 * (lacked + model.load_ms) >= pool.limits.max_wait_ms
     return _Wish(model, len(queue or ()), waited, lacked, may_evict, pressing is None, late)

@@ -25,7 +25,7 @@ COMPLETION_WEIGHT = 2.0
 class Queue:
     """Requests that wait for one model, and what its tenants were served."""
 
-    __slots__ = ("_by_id", "_idle_counter", "_lanes", "counters", "pressing", "weights")
+    __slots__ = ("_by_id", "_idle_counter", "_lanes", "counters", "pressing", "pressing_ms", "weights")
 
     def __init__(self, weights: dict[str, float]) -> None:
         self.weights = weights
@@ -35,6 +35,8 @@ class Queue:
         self._lanes: dict[tuple[Priority, str], OrderedDict[str, Request]] = {}
         self.pressing = 0
         """Requests that are not batch work."""
+        self.pressing_ms = 0
+        """Since when there have been such requests all the time."""
         self._by_id: dict[str, Request] = {}
         self._idle_counter = 0.0
         """Counter of the last tenant that left the queue empty."""
@@ -62,8 +64,10 @@ class Queue:
         lane[request.id] = request
         if first:
             lane.move_to_end(request.id, last=False)
-        if request.id not in self._by_id:
-            self.pressing += request.priority is not Priority.BATCH
+        if request.id not in self._by_id and request.priority is not Priority.BATCH:
+            if not self.pressing:
+                self.pressing_ms = request.waiting_ms
+            self.pressing += 1
         self._by_id[request.id] = request
 
     def remove(self, request_id: str) -> Request | None:

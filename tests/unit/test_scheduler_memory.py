@@ -70,6 +70,26 @@ def test_a_queue_has_its_model_within_the_longest_wait() -> None:
     assert at - asked <= limits.max_wait_ms
 
 
+def test_a_queue_has_its_model_within_the_longest_wait_though_its_callers_leave_sooner() -> None:
+    """Somebody always waits for the model, and nobody for longer than 5 s, while another is always in use."""
+    limits = Limits(max_wait_ms=20_000)
+    machine = Machine(10, [sized("busy", 8), sized("rare", 8)], limits)
+    machine.ask("b", "busy")
+    machine.run(2_000)
+    asked = machine.now
+    while "rare" not in loads_of(machine) and machine.now < asked + 3 * limits.max_wait_ms:
+        number, now = machine.now - asked, machine.now
+        request = Request(f"r{number}", "t", "rare", now, now + 10**9, start_by_ms=now + 5_000)
+        machine.tell(messages.Arrived(request))
+        machine.run(1_000)
+        for running in list(machine.pool.running):
+            machine.ask(f"b{number}", "busy")
+            machine.done(running)
+    assert machine.ended, "callers left before"
+    [at] = [at for at, model in machine.loads if model == "rare"]
+    assert at - asked < limits.max_wait_ms
+
+
 def loads_of(machine: Machine) -> list[str]:
     return [model for _, model in machine.loads]
 
