@@ -3,7 +3,8 @@
 `processors.scheduler.policy.step` is the code that runs in the scheduler; here its events come from the simulated
 machine room and its actions go there. Workers report twice a second, and at once when a load has ended or memory is
 free; the policy is woken every 250 ms while anything waits or changes. Nothing takes time on the way between them.
-A request's SLO is told as the time by which it must begin, as callers may tell it (`x-hr-start-within`).
+A request's SLO is told as the time by which it must begin, as callers may tell it (`x-hr-start-within`); or, as an
+ablation, it is not told, and the policy knows as little of SLOs as the baselines do.
 """
 
 from __future__ import annotations
@@ -135,8 +136,10 @@ class _Worker:
 class Headrace:
     """What carries events to the policy and its actions out."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, told: bool = True) -> None:
+        """`told`: whether it is told each request's SLO."""
         self._engine = engine
+        self._told = told
         models = {spec.id: as_model(spec) for spec in engine.models.values()}
         self._pool = Pool(term=TERM, models=models, weights=engine.workload.weights())
         self._events: deque[Event] = deque()
@@ -160,7 +163,7 @@ class Headrace:
             deadline_ms=job.arrived_ms + DAY_MS,
             priority=spec.lane,
             prompt_tokens=spec.prompt_tokens,
-            start_by_ms=job.arrived_ms + round(spec.slo_s * 1000),
+            start_by_ms=job.arrived_ms + round(spec.slo_s * 1000) if self._told else 0,
         )
         self._tell(Arrived(request))
 

@@ -32,6 +32,7 @@ LINES = {
     "ollama": Line("#D55E00", "v", 9, ":"),
     "ollama-fast-path": Line("#B87800", "^", 8, "-."),
     "lru": Line("#000000", "s", 6, "--"),
+    "headrace-untold": Line("#2B8C6F", "P", 7, (0, (5, 1))),
     "headrace": Line("#0072B2", "o", 4, "-"),
 }
 """From the lowest to the topmost. The colours are Okabe and Ito's, two of them darkened for a white ground."""

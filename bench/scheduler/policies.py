@@ -15,6 +15,7 @@ from bench.scheduler.workload import Workload
 
 POLICIES: dict[str, Callable[[Engine], Policy]] = {
     "headrace": Headrace,
+    "headrace-untold": partial(Headrace, told=False),
     "ollama": Ollama,
     "ollama-fast-path": partial(Ollama, fast_path=True),
     "llama-swap": LlamaSwap,

@@ -330,6 +330,14 @@ def test_speed_counts_the_steps_of_a_long_queue(monkeypatch: pytest.MonkeyPatch)
     assert total.rate > 0
 
 
+def test_a_policy_that_is_not_told_of_slos_lets_callers_wait_until_they_leave() -> None:
+    arrivals = [ask(0, "1", "a", output=10_000), ask(1, "2", "b", slo_s=5)]
+    workload = Workload([DeviceSpec("gpu0", 10)], [model("a"), model("b")], arrivals)
+    ends = {name: simulate(workload, name).requests[1] for name in ("headrace", "headrace-untold")}
+    assert {name: end.outcome for name, end in ends.items()} == {"headrace": "expired", "headrace-untold": "abandoned"}
+    assert ends["headrace"].ended_s < ends["headrace-untold"].ended_s == 1 + 3 * 5
+
+
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
