@@ -11,10 +11,11 @@ import typer
 
 from bench.output import RESULTS, new_console, save
 from bench.scheduler import generators
+from bench.scheduler import pace as pace_module
 from bench.scheduler import speed as speed_module
 from bench.scheduler import sweep as sweep_module
 from bench.scheduler.policies import POLICIES, simulate
-from bench.scheduler.show import figures_table, speed_table, sweep_table
+from bench.scheduler.show import figures_table, pace_table, speed_table, sweep_table
 from bench.scheduler.workload import WorkloadError, parse
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -108,6 +109,12 @@ def sweep(
 def speed() -> None:
     """Time the policy alone, with 1,000 queued requests and 30 models."""
     new_console(WIDTH).print(speed_table(speed_module.measure()))
+
+
+@app.command()
+def pace() -> None:
+    """Time the simulator: each built-in workload near the load that Headrace's policy bears, under each policy."""
+    new_console(WIDTH).print(pace_table(pace_module.measure()))
 
 
 def _known(names: list[str]) -> None:

@@ -47,6 +47,8 @@ class Shape(NamedTuple):
     devices: int
     rate: float
     """Requests per second at which to begin a sweep."""
+    near: float
+    """Requests per second near the most that Headrace's policy bears: what it promises is put to the test there."""
     zipf: float = 0.0
     """Skew of the models' popularity; 0 for none."""
     bursty: bool = False
@@ -62,15 +64,15 @@ SMALL = [model(name) for name in ("llama-3.1-8b", "llama-3.2-3b", "mistral-7b")]
 GREEDY = [("greedy", GREEDY_SHARE), *((name, (1 - GREEDY_SHARE) / 4) for name in ("a", "b", "c", "d"))]
 
 SHAPES: dict[str, Shape] = {
-    "uncontended": Shape("3 models that all fit on one card", SMALL, 1, 2.0),
-    "poisson": Shape("5 models, asked for alike, on one card that holds two or three", most_popular(5), 1, 0.1),
-    "bursts": Shape("6 models on one card, each asked for in bursts", most_popular(6), 1, 0.1, bursty=True),
-    "zipf-10": Shape("10 models, skewed, on two cards", most_popular(10), 2, 0.2, zipf=ZIPF),
-    "zipf-30": Shape("30 models, skewed, on four cards", most_popular(30), 4, 0.5, zipf=ZIPF),
-    "tenants": Shape("5 models on one card, one tenant sends most", most_popular(5), 1, 0.1, tenants=GREEDY),
-    "training": Shape("5 models on two cards, with two jobs that train", most_popular(5), 2, 0.1, training=2),
+    "uncontended": Shape("3 models that all fit on one card", SMALL, 1, 2.0, 7.0),
+    "poisson": Shape("5 models, asked for alike, on one card that holds two or three", most_popular(5), 1, 0.1, 2.7),
+    "bursts": Shape("6 models on one card, each asked for in bursts", most_popular(6), 1, 0.1, 0.14, bursty=True),
+    "zipf-10": Shape("10 models, skewed, on two cards", most_popular(10), 2, 0.2, 3.0, zipf=ZIPF),
+    "zipf-30": Shape("30 models, skewed, on four cards", most_popular(30), 4, 0.5, 5.0, zipf=ZIPF),
+    "tenants": Shape("5 models on one card, one tenant sends most", most_popular(5), 1, 0.1, 2.5, tenants=GREEDY),
+    "training": Shape("5 models on two cards, with two jobs that train", most_popular(5), 2, 0.1, 9.0, training=2),
     "faults": Shape(
-        "10 models, skewed, on three cards that are lost in turn", most_popular(10), 3, 0.2, zipf=ZIPF, faulty=True
+        "10 models, skewed, on three cards that are lost in turn", most_popular(10), 3, 0.2, 5.0, zipf=ZIPF, faulty=True
     ),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 
 from bench.scheduler.figures import Figures
+from bench.scheduler.pace import Pace
 from bench.scheduler.policies import POLICIES
 from bench.scheduler.speed import Speed
 from bench.scheduler.sweep import TARGET, SweepReport
@@ -53,4 +54,17 @@ def speed_table(speeds: list[Speed]) -> Table:
         table.add_column(name, justify="right")
     for one in speeds:
         table.add_row(one.event, f"{one.steps:,}", f"{one.seconds / one.steps * 1e6:,.1f}", f"{one.rate:,.0f}")
+    return table
+
+
+def pace_table(paces: list[Pace]) -> Table:
+    """Simulated seconds per second of wall time, by workload and policy."""
+    table = Table(title="Simulated seconds per second of wall time")
+    for name in ("workload", "requests/s"):
+        table.add_column(name, no_wrap=True)
+    for policy in POLICIES:
+        table.add_column(policy, justify="right")
+    ratios = {(one.workload, one.policy): one.ratio for one in paces}
+    for workload, rate in {one.workload: one.rate for one in paces}.items():
+        table.add_row(workload, f"{rate:g}", *(f"{ratios[workload, policy]:,.0f}" for policy in POLICIES))
     return table

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from bench.scheduler import speed
+from bench.scheduler import pace, speed
 from bench.scheduler.__main__ import app
 from bench.scheduler.engine import Device, Engine, Job, Replica
 from bench.scheduler.figures import Figures, TrainingFigures, jain
@@ -328,6 +328,13 @@ def test_speed_counts_the_steps_of_a_long_queue(monkeypatch: pytest.MonkeyPatch)
     assert {one.event: one.steps for one in kinds}["Arrived"] == 40
     assert total.steps == sum(one.steps for one in kinds)
     assert total.rate > 0
+
+
+def test_pace_runs_every_policy_on_every_workload() -> None:
+    paces = pace.measure(seconds=5)
+    assert [(one.workload, one.policy) for one in paces] == [(name, policy) for name in SHAPES for policy in POLICIES]
+    assert all(one.ratio == one.simulated_s / one.wall_s > 0 for one in paces if one.simulated_s)
+    assert sum(one.simulated_s for one in paces) > 0
 
 
 def test_a_policy_that_is_not_told_of_slos_lets_callers_wait_until_they_leave() -> None:
