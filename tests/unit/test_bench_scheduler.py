@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -48,6 +51,20 @@ def test_same_seed_same_figures_and_every_request_has_an_outcome(name: str, poli
     assert {one.id for one in first.requests} == {arrival.id for arrival in workload.arrivals}
     assert {one.outcome for one in first.requests} <= OUTCOMES
     assert sum(first.outcomes.values()) == len(workload.arrivals)
+
+
+@pytest.mark.parametrize("name", ["zipf-10", "faults", "training"])
+def test_the_order_in_which_python_hashes_changes_no_byte(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    path.write_bytes(msgspec.json.encode(generate(name, rate=SHAPES[name].near, seed=1, seconds=60)))
+    command = [sys.executable, "-m", "bench.scheduler", "--workload", str(path), "--policy", "headrace",
+               "--seed", "1", "--load-jitter", "0.1", "--json"]  # fmt: skip
+    first, second = (
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True).stdout
+        for seed in ("1", "2")
+    )
+    assert msgspec.json.decode(first, type=Figures).loads > 2
+    assert first == second
 
 
 def test_another_seed_gives_other_loads_and_other_arrivals() -> None:
