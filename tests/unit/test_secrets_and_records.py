@@ -20,8 +20,8 @@ from schemas.admin_records import KeyCreate, KeyPatch, PriceCreate
 from schemas.control import Key, Model, User
 
 GOOD = "k3Jx0qLz9vRt7WbN2mYp5sDf8gHc1aQe4uTi6oXyZ"
-ALL_OPEN = "kafka,redis,clickhouse"
-"""How a role is let into these is what tests/contract/test_production_start.py is about."""
+PARTS = {"open_parts": "kafka,redis,clickhouse"}
+"""So that only our own secrets are in question."""
 MODELS = {"big": Model("big", "p", "t", aliases=("gpt-4o",))}
 
 
@@ -40,17 +40,16 @@ MODELS = {"big": Model("big", "p", "t", aliases=("gpt-4o",))}
     ],
 )
 def test_production_does_not_start_with_a_weak_secret(fields: dict[str, str], role: str, named: str) -> None:
-    [said] = faults(Settings(env="production", open_parts=ALL_OPEN, **fields), role)  # type: ignore[arg-type]
+    [said] = faults(Settings(env="production", **PARTS, **fields), role)  # type: ignore[arg-type]
     assert said.startswith(named)
     assert faults(Settings(**fields), role) == [], "a developer's machine does"  # type: ignore[arg-type]
 
 
 def test_production_starts_with_good_ones() -> None:
-    good = Settings(
-        env="production", open_parts=ALL_OPEN, jwt_secret=GOOD, admin_key="hr-" + GOOD, admin_password="Kx9!pL2-vQ7zRt"
-    )  # type: ignore[arg-type] # fmt: skip
+    secrets = {"jwt_secret": GOOD, "admin_key": "hr-" + GOOD, "admin_password": "Kx9!pL2-vQ7zRt"}
+    good = Settings(env="production", **PARTS, **secrets)  # type: ignore[arg-type]
     assert faults(good, "ingress") == []
-    assert faults(Settings(env="production", open_parts=ALL_OPEN), "router") == [], "it signs nothing"  # type: ignore[arg-type]
+    assert faults(Settings(env="production", **PARTS), "router") == [], "it signs nothing"  # type: ignore[arg-type]
 
 
 def test_variables_are_read_without_the_prefix_too(monkeypatch: pytest.MonkeyPatch) -> None:
