@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tests.support.fairness import Served, bound, widest
 
 
@@ -20,6 +22,13 @@ def test_one_who_is_passed_over_while_he_waits_is_seen() -> None:
     waits = work("g", 0, 100, 101)
     assert widest([*passed, waits]) == 4 * 25 + 5, "until the last of the others is dispatched, nobody of them waits"
     assert widest([*passed, waits]) > bound([*passed, waits], slots=1)
+
+
+def test_what_is_more_urgent_goes_first_and_is_no_unfairness() -> None:
+    urgent = [work("f", 0, at, at + 1) for at in range(10, 60, 10)]
+    waits = work("g", 0, 100, 101)
+    assert widest([*urgent, replace(waits, lane=1)]) == 0
+    assert widest([*(replace(one, lane=1) for one in urgent), replace(waits, lane=1)]) == 4 * 25 + 5
 
 
 def test_taking_turns_is_within_the_bound() -> None:

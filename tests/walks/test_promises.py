@@ -73,7 +73,7 @@ def published(name: str, load: float = 1.0) -> Workload:
 @pytest.mark.parametrize(
     ("name", "at_least_s"),
     [
-        ("uncontended", 0), ("poisson", 20), ("bursts", 20), ("zipf-10", 60), ("zipf-30", 60), ("tenants", 20),
+        ("uncontended", 0), ("poisson", 50), ("bursts", 25), ("zipf-10", 60), ("zipf-30", 60), ("tenants", 45),
         ("training", 0), ("faults", 60),
     ],
 )  # fmt: skip
