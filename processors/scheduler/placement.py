@@ -2,12 +2,13 @@
 
 A model that takes none of our memory is held by every worker that serves it. Others that are wanted and not held take
 turns by what a second of loading gains: requests that wait, times how long they have, over the load time. Each takes
-free memory where it fits tightest; of workers that share it, the one with the fewest models. Where nothing is free, the
-cheapest set of held models that suffices is drained: idle ones first, by what it would cost to need them again
-(expected requests x load time) for the memory they give, and not before the device has loaded what it loads now. A
-model in use gives way only to a queue that is about to lack its model for longer than W_max, and not before it has had
-a turn: in simulation (`bench/scheduler`) each rule by which it gave way sooner cost more in loads than it won. The
-memory of pinned models, and memory that is not seen to be free, is never granted.
+free memory where it fits tightest; of workers that share it, the one with the fewest models. Where nothing is free,
+held models are drained, and not before the device has loaded what it loads now. They are chosen greedily: idle ones
+first, by what it would cost to need them again (expected requests x load time) for the memory they give, until they
+suffice; then those are spared, the dearest first, without which the others still do. That is not always the cheapest
+set. A model in use gives way only to a queue that is about to lack its model for longer than W_max, and not before it
+has had a turn: in simulation (`bench/scheduler`) each rule by which it gave way sooner cost more in loads than it won.
+The memory of pinned models, and memory that is not seen to be free, is never granted.
 
 Training jobs are lent what is left: free memory, and that of idle models that nobody has asked for for minutes. They
 are given notice before a model that may still be of use gives way, if the wait for their checkpoint costs less.
@@ -422,7 +423,7 @@ class _Planner:
     # --- making room ----------------------------------------------------------------------------------------------
 
     def _make_room(self, wish: _Wish, places: list[Place]) -> None:
-        """Wait for memory that is on its way back, else drain the cheapest set that suffices."""
+        """Wait for memory that is on its way back, else drain what `_victims` chooses where that costs least."""
         # What comes back may come late; no job trains in the meantime where a queue is late too.
         leaves = bool(self._training_leaves.intersection(places))
         if wish.late and not leaves and self._have_training_leave(places, wish.model):
@@ -514,7 +515,7 @@ class _Planner:
         self.actions += drain(holder.lease, self._now, reason)
 
     def _victims(self, wish: _Wish, spot: Place) -> list[_Holder] | None:
-        """The cheapest of the leases on a device that may be taken and suffice; None when they do not."""
+        """Leases on a device that may be taken and suffice, chosen greedily by `order`; None when all do not."""
         missing = wish.model.bytes - self._free[spot] - self._leaving[spot]
         candidates = [holder for holder in self._active.get(spot, ()) if self._may_take(wish, holder)]
         if sum(holder.bytes for holder in candidates) < missing:
