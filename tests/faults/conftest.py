@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
+from tests.support.results import Note, noted
 from tests.support.stacks import Stack, paid_model, running_stack
-
-RESULTS = Path(__file__).parent.parent / "results"
-
-Note = Callable[..., None]
 
 PRICE = {"input": "1.50", "output": "7.25", "cached": "0.30"}
 """Of `paid`, in dollars a million tokens."""
@@ -50,14 +43,5 @@ def seed(request: pytest.FixtureRequest) -> int:
 @pytest.fixture(scope="package")
 def note(seed: int, moments: int) -> Iterator[Note]:
     """Takes what a kill did; all of them are written when these tests end."""
-    noted: list[dict[str, object]] = []
-
-    def take(**fields: object) -> None:
-        noted.append(fields)
-
-    began = time.time()
-    yield take
-    RESULTS.mkdir(exist_ok=True)
-    name = "-".join(filter(None, ("faults", os.environ.get("PYTEST_XDIST_WORKER"))))
-    summary = {"seed": seed, "moments": moments, "seconds": round(time.time() - began, 1), "kills": noted}
-    (RESULTS / f"{name}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with noted("faults", "kills", seed=seed, moments=moments) as take:
+        yield take

@@ -1,4 +1,7 @@
-"""Three models of llama.cpp on memory that holds two: everybody is answered, and the memory is never oversold."""
+"""Three models of llama.cpp on memory that holds two: everybody is answered, and the memory is never oversold.
+
+What was measured is kept in `tests/results/shared-memory.json`.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 
+from bench.gateway.figures import percentile
 from headrace.control_client import command, control_client
 from schemas.control import App, Key
 from tests.support.chat import Api
 from tests.support.fairness import Served, bound, widest
+from tests.support.results import Note, noted
 from tests.support.shared_memory import CONFIG, FIT, MODELS, SLOTS, expected, watched
 from tests.support.stacks import Stack, running_stack
 from tests.support.waiting import until
@@ -41,10 +46,20 @@ class Book:
     def mean_wait(self, tenant: str) -> float:
         return sum(self.waits[tenant]) / len(self.waits[tenant])
 
+    def p95_wait(self, *tenants: str) -> float:
+        return percentile(sorted(wait for tenant in tenants for wait in self.waits[tenant]), 0.95)
+
 
 @pytest.fixture(scope="module")
 def need() -> int:
     return expected()
+
+
+@pytest.fixture(scope="module")
+def note() -> Iterator[Note]:
+    """Takes what a test measured."""
+    with noted("shared-memory", "figures", load_s=SECONDS, callers=CALLERS) as take:
+        yield take
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +85,7 @@ async def caller(api: Api, tenant: str, chance: random.Random, until_s: float, b
 
 
 @pytest.mark.timeout(240)
-async def test_three_models_on_memory_for_two(small: Stack, need: int) -> None:
+async def test_three_models_on_memory_for_two(small: Stack, need: int, note: Note) -> None:
     async with control_client(small.settings) as control:
         for tenant in CALLERS:
             text = f"hr-{tenant}"
@@ -86,6 +101,13 @@ async def test_three_models_on_memory_for_two(small: Stack, need: int) -> None:
     end = time.monotonic() + SECONDS
     async with watched(small) as watch:
         await asyncio.gather(*map(crowd, CALLERS))
+    note(
+        answered=dict(book.answered), refused=len(book.refused),
+        most_mib=watch.most // MIB, budget_mib=budget // MIB, model_mib=need // MIB,
+        mean_wait_s={tenant: round(book.mean_wait(tenant), 2) for tenant in CALLERS},
+        p95_wait_s={"all": round(book.p95_wait(*CALLERS), 2)}
+        | {tenant: round(book.p95_wait(tenant), 2) for tenant in CALLERS},
+    )  # fmt: skip
     assert not book.refused
     assert set(book.answered) == set(MODELS), "nobody's model was left out"
     assert need < watch.most <= budget, f"{watch.most // MIB} MiB were held of {budget // MIB}"
@@ -100,7 +122,7 @@ async def leases(stack: Stack) -> list[dict[str, object]]:
 
 
 @pytest.mark.timeout(120)
-async def test_what_leases_held_can_be_asked_in_sql(small: Stack, need: int) -> None:
+async def test_what_leases_held_can_be_asked_in_sql(small: Stack, need: int, note: Note) -> None:
     async def shown() -> list[dict[str, object]] | None:
         rows = await leases(small)
         return rows if {row["model"] for row in rows} >= set(MODELS) else None
@@ -108,12 +130,13 @@ async def test_what_leases_held_can_be_asked_in_sql(small: Stack, need: int) -> 
     rows = await until(shown, "leases of all three models are in ClickHouse", 30)
     assert all(0.5 * need < int(str(row["bytes"])) <= 1.1 * need for row in rows), rows
     gone = [row for row in rows if row["state"] == "free"]
+    note(loads=len(rows), made_room=len(gone))
     assert gone and all("makes room" in str(row["reason"]) for row in gone), rows
     assert len(rows) <= LOADS_A_MINUTE * SECONDS / 60, "models are not swapped all the time"
 
 
 @pytest.mark.timeout(120)
-async def test_tenants_that_waited_for_one_model_were_served_alike_within_the_bound(small: Stack) -> None:
+async def test_tenants_that_waited_for_one_model_were_served_alike_within_the_bound(small: Stack, note: Note) -> None:
     def done() -> list[dict[str, object]]:
         return small.rows(
             "SELECT model, tenant, toUnixTimestamp64Milli(accepted_at) AS came,"
@@ -126,6 +149,7 @@ async def test_tenants_that_waited_for_one_model_were_served_alike_within_the_bo
     for row in await asyncio.to_thread(done):
         by_model[str(row.pop("model"))].append(msgspec.convert(row, Served))
     gaps = {model: (widest(served), bound(served, SLOTS)) for model, served in by_model.items()}
+    note(service_gaps={model: {"widest": gap, "bound": most} for model, (gap, most) in gaps.items()})
     assert set(gaps) == set(MODELS)
     assert max(gap for gap, _ in gaps.values()) > 0, "two tenants waited for one model at the same time"
     assert all(gap <= most for gap, most in gaps.values()), gaps
