@@ -16,6 +16,7 @@ are given notice before a model that may still be of use gives way, if the wait 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from processors.scheduler.messages import Action, Grant
 from processors.scheduler.state import Job, Lease, LeaseState, Pool, Taking, TrainingLease
 from processors.scheduler.yielding import gives_way, yield_slots
 from schemas.control import Model
+from schemas.events import Priority
 
 LEAST_TURN_MS = 1_000
 """A model in use that was loaded for less than this, or than its load took, gives way to nobody: queues that are all
@@ -164,7 +166,34 @@ def _wish(pool: Pool, model: Model, now_ms: int) -> _Wish:
     return _Wish(model, len(queue or ()), waited, lacked, may_evict, pressing is None, late)
 
 
-def _turn_ms(load_ms: int) -> int:
+def before(pool: Pool, model: Model, now_ms: int, priority: Priority) -> list[Model]:
+    """Models that are waited for and get memory before one that is asked for now, those first that come first."""
+    held = {lease.model for lease in pool.leases.values() if _will_serve(pool, lease)}
+    wishes = [
+        _wish(pool, other, now_ms)
+        for id, queue in pool.queues.items()
+        if queue and id not in held and id != model.id and (other := pool.models.get(id)) is not None and other.bytes
+    ]
+    own = _wish_with(pool, model, now_ms, priority).rank
+    return [wish.model for wish in sorted(wishes, key=lambda wish: wish.rank) if wish.rank < own]
+
+
+def due_ms(pool: Pool, model: Model, now_ms: int, priority: Priority) -> float:
+    """In how many milliseconds models in use must have ended for one that is asked for now; infinite for batch work."""
+    wish = _wish_with(pool, model, now_ms, priority)
+    left_ms = pool.limits.max_wait_ms - wish.lacked_ms - wish.model.load_ms - LATENESS_MS
+    return math.inf if wish.batch_only else left_ms
+
+
+def _wish_with(pool: Pool, model: Model, now_ms: int, priority: Priority) -> _Wish:
+    """The wish of a model's queue when a request has joined it that comes now."""
+    wish = _wish(pool, model, now_ms)
+    if wish.batch_only and priority is not Priority.BATCH:  # It is the first that does not wait for others.
+        wish = wish._replace(waited_ms=0, lacked_ms=0, batch_only=False)
+    return wish._replace(waiting=wish.waiting + 1, may_evict=True)
+
+
+def turn_ms(load_ms: int) -> int:
     """How long a model in use keeps its memory at least, if its load takes so long."""
     return max(LEAST_TURN_MS, load_ms)
 
@@ -263,7 +292,7 @@ class _Planner:
             lease=lease,
             use=busy + (busy and not gives_way(pool, lease)),
             rested=held_ms >= pool.limits.residency_loads * load_ms,
-            had_turn=not 0 <= held_ms < _turn_ms(max(load_ms, lease.load_took_ms)),
+            had_turn=not 0 <= held_ms < turn_ms(max(load_ms, lease.load_took_ms)),
             ends_ms=2 * pool.service_ms.get(lease.model, 0.0),
             cost=demand(pool, lease.model, self._now) * max(1, load_ms),
         )
@@ -298,7 +327,7 @@ class _Planner:
                 if spots.isdisjoint(places):
                     continue
                 ends_ms = max((holder.ends_ms for spot in places for holder in self._active.get(spot, ())), default=0.0)
-                takes_ms += (_turn_ms(before.model.load_ms) + ends_ms + other.model.load_ms) / len(places)
+                takes_ms += (turn_ms(before.model.load_ms) + ends_ms + other.model.load_ms) / len(places)
                 most = max(most, takes_ms - (wish.lacked_ms - other.lacked_ms))
                 before = other
             sooner[wish.model.id] = most

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from typing import assert_never
 
-from processors.scheduler import holdings, lives, placement, servers, training, wishes, yielding
+from processors.scheduler import forecast, holdings, lives, placement, servers, training, wishes, yielding
 from processors.scheduler.messages import (
     Action,
     Adopt,
@@ -140,8 +140,9 @@ def _arrived(pool: Pool, request: Request, now_ms: int) -> list[Action]:
     queue = pool.queue(request.model)
     if len(queue) >= MAX_QUEUE:
         return [End(request, Status.REJECTED, "service_unavailable", "Too many requests wait for this model.")]
-    wait_ms = estimated_wait_ms(pool, model, request.tenant, request.priority)
-    if now_ms + wait_ms > request.late_ms:
+    patience_ms = request.late_ms - now_ms
+    wait_ms = estimated_wait_ms(pool, model, now_ms, request.tenant, request.priority, patience_ms=patience_ms)
+    if wait_ms > patience_ms:
         wait_s = -(-wait_ms // 1000)
         message = f"The wait for the model {model.id!r} is about {wait_s} s, longer than the request may wait."
         return [End(request, Status.REJECTED, "service_unavailable", message, retry_after_s=wait_s)]
@@ -636,15 +637,22 @@ def _failure(leases: list[Lease]) -> str | None:
 
 
 def estimated_wait_ms(
-    pool: Pool, model: Model, tenant: str | None = None, priority: Priority = Priority.STANDARD
+    pool: Pool,
+    model: Model,
+    now_ms: int,
+    tenant: str | None = None,
+    priority: Priority = Priority.STANDARD,
+    *,
+    patience_ms: int = 0,
 ) -> int:
     """Expected wait of a request that comes now; without a tenant, the least that any of its priority waits.
 
-    After the load a slot comes free every `service / slots` on average: once for each request that goes before it and
-    for itself, less the slots that are free now, or that batch work gives up for it.
+    Where no lease is coming the model waits for memory first (`forecast`), and is then loaded; a load that goes on
+    counts for what is left of it. After the load a slot comes free every `service / slots` on average: once for each
+    request that goes before it and for itself, less the slots that are free now, or that batch work gives up for it.
+    The wait for memory is left out where the longest there is would not make the wait longer than `patience_ms`.
     """
     leases = [lease for lease in pool.of_model(model.id) if lease.coming and not pool.blocked(lease)]
-    load = 0 if any(lease.state is LeaseState.ACTIVE for lease in leases) else model.load_ms
     slots = sum(model.max_concurrency for lease in leases) or model.max_concurrency
     queue, service = pool.queues.get(model.id), pool.service_ms.get(model.id, 0.0)
     turns = (queue.before(tenant, priority) if queue else 0.0) + 1 - slots + sum(lease.used for lease in leases)
@@ -652,4 +660,8 @@ def estimated_wait_ms(
         turns -= sum(yielding.gives(pool, lease) for lease in leases)
     elif model.max_concurrency > 1:
         turns += len(leases)  # Batch work leaves one free.
-    return load + int(max(0.0, turns) / slots * service)
+    load_ms = min((forecast.load_left_ms(lease, model, now_ms) for lease in leases), default=model.load_ms)
+    wait_ms = load_ms + int(max(0.0, turns) / slots * service)
+    if leases or wait_ms + pool.limits.max_wait_ms <= patience_ms:
+        return wait_ms
+    return wait_ms + forecast.memory_wait_ms(pool, model, now_ms, priority)

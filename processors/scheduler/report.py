@@ -21,7 +21,7 @@ def pool_status(pool: Pool, name: str, now_ms: int, next_wish: int) -> PoolStatu
     """The pool as `pool.status` tells of it; `next_wish` as in `wishes.kept`."""
     trusted = [worker.status for worker in pool.workers.values() if worker.usable]
     served = {provider for status in trusted for provider in status.providers}
-    waits = {model.id: policy.estimated_wait_ms(pool, model) for model in pool.models.values()}
+    waits = {model.id: policy.estimated_wait_ms(pool, model, now_ms) for model in pool.models.values()}
     errors = {model.id: policy.load_error(pool, model) for model in pool.models.values()}
     broken = {model.id: policy.broken_reason(pool, model) for model in pool.models.values()}
     return PoolStatus(
@@ -38,7 +38,7 @@ def pool_status(pool: Pool, name: str, now_ms: int, next_wish: int) -> PoolStatu
         estimated_wait_ms=max(waits.values(), default=0),
         waits_ms=waits,
         interactive_waits_ms={
-            model.id: policy.estimated_wait_ms(pool, model, priority=Priority.INTERACTIVE)
+            model.id: policy.estimated_wait_ms(pool, model, now_ms, priority=Priority.INTERACTIVE)
             for model in pool.models.values()
         },
         workers=sorted(status.worker for status in trusted),

@@ -7,10 +7,10 @@ import pytest
 from processors.scheduler import lives, messages, policy
 from processors.scheduler.messages import Action
 from processors.scheduler.policy import step
-from processors.scheduler.state import Pool, Request
+from processors.scheduler.state import LeaseState, Limits, Pool, Request
 from schemas.control import Model
 from schemas.events import Priority, Resident, Status, WorkerStatus
-from tests.support.one_machine import TERM, ready
+from tests.support.one_machine import TERM, Machine, ready, sized
 
 
 def heartbeat(name: str, *resident: Resident, broken: tuple[str, ...] = ()) -> messages.WorkerSeen:
@@ -100,18 +100,112 @@ def test_the_wait_of_one_who_goes_first_is_not_that_of_the_queue() -> None:
     pool, _ = two_workers()
     model = pool.models["m"]
     pool.service_ms["m"] = 1_000.0
-    waits = [policy.estimated_wait_ms(pool, model)]
+    waits = [policy.estimated_wait_ms(pool, model, 0)]
     for number in range(6):
         arrive(pool, f"r{number}")
-        waits.append(policy.estimated_wait_ms(pool, model))
+        waits.append(policy.estimated_wait_ms(pool, model, 0))
     assert waits == [0, 0, 500, 1_000, 1_000, 1_000, 1_000], "others of its tenant wait, and it waits for one of them"
-    assert policy.estimated_wait_ms(pool, model, "t") == 2_500
-    assert policy.estimated_wait_ms(pool, model, "t", Priority.INTERACTIVE) == 500
-    assert policy.estimated_wait_ms(pool, model, "other", Priority.BATCH) == 2_500
+    assert policy.estimated_wait_ms(pool, model, 0, "t") == 2_500
+    assert policy.estimated_wait_ms(pool, model, 0, "t", Priority.INTERACTIVE) == 500
+    assert policy.estimated_wait_ms(pool, model, 0, "other", Priority.BATCH) == 2_500
     pool.weights["other"] = 0.5
-    assert policy.estimated_wait_ms(pool, model, "other") == 1_500, "two of a tenant with twice its share"
+    assert policy.estimated_wait_ms(pool, model, 0, "other") == 1_500, "two of a tenant with twice its share"
     pool.weights["large"] = 4.0
-    assert policy.estimated_wait_ms(pool, model) == 625, "the least is that of the largest share"
+    assert policy.estimated_wait_ms(pool, model, 0) == 625, "the least is that of the largest share"
+
+
+def held_by(*models: Model, free: int = 0, ended: tuple[str, ...] = (), max_wait_ms: int = 20_000) -> Machine:
+    """Memory for these and `free` more, each used by a request of its name, which takes 4 s, unless that has `ended`.
+
+    A model `new` of 8 bytes, whose load takes 1 s, has not been asked for.
+    """
+    size = sum(model.bytes for model in models) + free
+    machine = Machine(size, [*models, sized("new", 8), sized("other", 4)], Limits(max_wait_ms=max_wait_ms))
+    for model in models:
+        machine.ask(model.id, model.id)
+    machine.run(4_000)
+    for model in models:
+        if model.id in ended:
+            machine.done(model.id)
+        machine.pool.service_ms[model.id] = 4_000.0
+    machine.pool.demand.clear()
+    return machine
+
+
+def wait_of(machine: Machine, model: str = "new", priority: Priority = Priority.STANDARD) -> int:
+    pool = machine.pool
+    return policy.estimated_wait_ms(pool, pool.models[model], machine.now, priority=priority)
+
+
+ENDS_MS = 1_600
+"""What is reckoned with until a request has ended that takes 4 s on average."""
+
+
+def test_a_model_beside_idle_ones_or_free_memory_waits_for_its_load_only() -> None:
+    assert wait_of(held_by(sized("one", 8), free=8)) == 1_000
+    assert wait_of(held_by(sized("idle", 8), ended=("idle",))) == 1_000
+    assert wait_of(held_by(sized("busy", 8), sized("idle", 8), ended=("idle",))) == 1_000
+    assert wait_of(held_by(sized("one", 4), sized("two", 4), ended=("one", "two"))) == 1_000, "both give way"
+
+
+def test_a_model_behind_busy_ones_is_told_about_the_wait_for_their_memory() -> None:
+    assert wait_of(held_by(sized("busy", 8))) == ENDS_MS + 1_000
+    assert wait_of(held_by(sized("busy", 4), sized("idle", 4), ended=("idle",))) == ENDS_MS + 1_000
+    machine = held_by(sized("busy", 8))
+    for number in range(4):
+        machine.ask(f"more{number}", "busy")
+    assert wait_of(machine) > 2 * ENDS_MS, "of four that run and one that waits the last must have ended"
+    [taken, refused] = held_by(sized("busy", 8)), held_by(sized("busy", 8))
+    for asked, patience_ms in ((taken, ENDS_MS + 1_000), (refused, ENDS_MS + 999)):
+        request = Request("r", "t", "new", asked.now, 10**6, start_by_ms=asked.now + patience_ms)
+        asked.tell(messages.Arrived(request))
+    assert not taken.ended and "r" in taken.pool.queue("new")
+    [end] = refused.ended
+    assert (end.status, end.code, end.retry_after_s) == (Status.REJECTED, "service_unavailable", 3)
+
+
+def test_a_queue_has_waited_for_part_of_the_longest_wait_already() -> None:
+    machine = held_by(sized("busy", 8, max_concurrency=1))
+    for number in range(20):
+        machine.ask(f"more{number}", "busy")
+    # W_max less the load, a second of slack and what runs, which is reckoned with twice; then that has ended.
+    assert wait_of(machine) == 20_000 - 1_000 - 1_000 - 8_000 + 4_000 + 1_000
+    assert wait_of(machine, priority=Priority.BATCH) == 21_000, "batch work waits until it is idle: W_max, and no more"
+    machine.ask("first", "new")
+    machine.run(3_000)
+    assert wait_of(machine) == 20_000 - 3_000 - 1_000 - 1_000 - 8_000 + 4_000 + 1_000
+    machine.run(17_000)
+    assert machine.pool.leases["w1", "busy"].state is LeaseState.DRAINING
+    assert wait_of(machine) == ENDS_MS + 1_000, "what has begun to give way goes when it has ended"
+
+
+def test_memory_that_never_comes_back_is_waited_for_no_longer_than_any() -> None:
+    machine = held_by(sized("kept", 8, pinned=True), sized("busy", 4))
+    assert wait_of(machine) == 20_000 + 1_000
+
+
+def test_memory_on_its_way_back_is_for_those_who_came_before() -> None:
+    machine = held_by(sized("busy", 8), sized("used", 4))
+    machine.pool.service_ms["used"] = 100_000.0
+    machine.tell(messages.UnloadAsked("busy", "asked"))
+    assert wait_of(machine) == ENDS_MS + 1_000
+    assert wait_of(machine, "other") == ENDS_MS + 1_000
+    machine.ask("o", "other")
+    machine.run(250)
+    assert wait_of(machine, "other") == ENDS_MS + 1_000, "its own queue is not before it"
+    assert wait_of(machine) > ENDS_MS + 10_000, "four of the eight bytes are taken by then"
+
+
+def test_what_is_loaded_there_is_loaded_first_and_counts_for_what_is_left() -> None:
+    machine = held_by(sized("idle", 8), sized("slow", 8, 6_000), ended=("idle", "slow"), free=0)
+    machine.tell(messages.UnloadAsked("slow", "asked"))
+    machine.run(1_000)
+    machine.ask("s", "slow")
+    assert (wait_of(machine, "slow"), wait_of(machine)) == (6_000, 7_000)
+    machine.run(4_000)
+    assert (wait_of(machine, "slow"), wait_of(machine)) == (2_000, 3_000)
+    machine.run(4_000)
+    assert (wait_of(machine, "slow"), wait_of(machine)) == (0, 1_000)
 
 
 def test_what_need_not_begin_any_more_is_refused_early_or_ends_while_it_waits() -> None:

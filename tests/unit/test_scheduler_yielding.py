@@ -84,17 +84,19 @@ def test_slots_that_batch_work_gives_up_are_no_wait() -> None:
     pool.service_ms["one"] = 60_000.0
     step(pool, messages.Arrived(Request("batch", "t", "one", 0, 10**9, priority=Priority.BATCH)), 0)
     model = pool.models["one"]
-    assert policy.estimated_wait_ms(pool, model) == 60_000, "it cannot go on elsewhere yet"
+    assert policy.estimated_wait_ms(pool, model, 0) == 60_000, "it cannot go on elsewhere yet"
     pool.running["batch"].goes_on = True
-    assert (
-        policy.estimated_wait_ms(pool, model) == policy.estimated_wait_ms(pool, model, "t", Priority.INTERACTIVE) == 0
-    )
-    assert policy.estimated_wait_ms(pool, model, "t", Priority.BATCH) == 60_000
+    waits = [
+        policy.estimated_wait_ms(pool, model, 0),
+        policy.estimated_wait_ms(pool, model, 0, "t", Priority.INTERACTIVE),
+    ]
+    assert waits == [0, 0]
+    assert policy.estimated_wait_ms(pool, model, 0, "t", Priority.BATCH) == 60_000
     [yielded, *_] = step(pool, messages.Arrived(Request("now", "t", "one", 0, 5_000)), 0)
     assert isinstance(yielded, messages.Recover) and yielded.running.request.id == "batch"
     wide = ready({"one": Model("one", "p", "t", max_concurrency=4)})
     wide.service_ms["one"] = 1_000.0
     for number in range(3):
         step(wide, messages.Arrived(Request(f"r{number}", "t", "one", 0, 10**9)), 0)
-    assert policy.estimated_wait_ms(wide, wide.models["one"]) == 0
-    assert policy.estimated_wait_ms(wide, wide.models["one"], "t", Priority.BATCH) == 250, "it leaves a slot free"
+    assert policy.estimated_wait_ms(wide, wide.models["one"], 0) == 0
+    assert policy.estimated_wait_ms(wide, wide.models["one"], 0, "t", Priority.BATCH) == 250, "it leaves a slot free"
