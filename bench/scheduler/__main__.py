@@ -14,8 +14,9 @@ from bench.scheduler import generators
 from bench.scheduler import pace as pace_module
 from bench.scheduler import speed as speed_module
 from bench.scheduler import sweep as sweep_module
+from bench.scheduler import waits as waits_module
 from bench.scheduler.policies import POLICIES, simulate
-from bench.scheduler.show import figures_table, pace_table, speed_table, sweep_table
+from bench.scheduler.show import figures_table, pace_table, speed_table, sweep_table, waits_table
 from bench.scheduler.workload import WorkloadError, parse
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False, add_completion=False)
@@ -115,6 +116,16 @@ def speed() -> None:
 def pace() -> None:
     """Time the simulator: each built-in workload near the load that Headrace's policy bears, under each policy."""
     new_console(WIDTH).print(pace_table(pace_module.measure()))
+
+
+@app.command()
+def waits(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(generators.SHAPES)}.")],
+    rate: Annotated[list[float], typer.Option(min=0.001, help="Requests per second; may be given often.")],
+) -> None:
+    """Compare the waits that the policy expects with those that requests have."""
+    _known([name])
+    new_console(WIDTH).print(waits_table([waits_module.measure(name, one) for one in rate]))
 
 
 def _known(names: list[str]) -> None:

@@ -9,6 +9,7 @@ from bench.scheduler.pace import Pace
 from bench.scheduler.policies import POLICIES
 from bench.scheduler.speed import Speed
 from bench.scheduler.sweep import TARGET, SweepReport
+from bench.scheduler.waits import Waits
 
 
 def figures_table(run: Figures) -> Table:
@@ -67,4 +68,25 @@ def pace_table(paces: list[Pace]) -> Table:
     ratios = {(one.workload, one.policy): one.ratio for one in paces}
     for workload, rate in {one.workload: one.rate for one in paces}.items():
         table.add_row(workload, f"{rate:g}", *(f"{ratios[workload, policy]:,.0f}" for policy in POLICIES))
+    return table
+
+
+def waits_table(rows: list[Waits]) -> Table:
+    """How honest the estimates of waits are, by workload and rate."""
+    table = Table(title="Estimated waits beside those that came")
+    table.add_column("workload", no_wrap=True)
+    for name in (
+        "requests/s",
+        "requests",
+        "median error",
+        "model not held",
+        "refused falsely",
+        "rightly",
+        "let in, late",
+    ):
+        table.add_column(name, justify="right")
+    for one in rows:
+        errors = (f"{seconds:.2f} s" for seconds in (one.error_s, one.error_unheld_s))
+        shares = (f"{share:.2%}" for share in (one.refused_falsely, one.refused_rightly, one.late))
+        table.add_row(one.workload, f"{one.rate:.3g}", f"{one.requests:,}", *errors, *shares)
     return table

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from bench.scheduler import pace, speed
+from bench.scheduler import pace, speed, waits
 from bench.scheduler.__main__ import app
 from bench.scheduler.engine import Device, Engine, Job, Replica
 from bench.scheduler.figures import Figures, TrainingFigures, jain
@@ -360,6 +360,28 @@ def test_a_policy_that_is_not_told_of_slos_lets_callers_wait_until_they_leave() 
     ends = {name: simulate(workload, name).requests[1] for name in ("headrace", "headrace-untold")}
     assert {name: end.outcome for name, end in ends.items()} == {"headrace": "expired", "headrace-untold": "abandoned"}
     assert ends["headrace"].ended_s < ends["headrace-untold"].ended_s == 1 + 3 * 5
+
+
+def test_an_estimate_is_held_against_the_wait_that_came() -> None:
+    told = [
+        waits.Told(11_000, 9_000, 10_000, begun=True, held=False),
+        waits.Told(12_000, 10_000, 10_000, begun=False, held=False),
+        waits.Told(4_000, 10_000, 10_000, begun=False, held=False),
+        waits.Told(0, 1_000, 10_000, begun=True, held=True),
+    ]
+    found = waits.summary("some", 1.0, told)
+    assert (found.refused_falsely, found.refused_rightly, found.late) == (0.25, 0.25, 0.25)
+    assert (found.error_s, found.error_unheld_s) == (1.5, 2.0), "who left at 10 s may have had to wait for 12"
+
+
+def test_estimates_tell_of_the_wait_for_memory_and_refuse_nothing_that_would_be_served() -> None:
+    found = waits.measure("zipf-10", 6.4, seeds=[1])
+    assert found.refused_rightly > 0.003, "none where the wait for memory is left out"
+    assert found.refused_falsely < 0.001
+    assert found.error_unheld_s < 2.7, "3.3 s where it is left out"
+    assert waits.measure("uncontended", 2.0, seeds=[1]).refused_falsely == 0
+    shown = CliRunner().invoke(app, ["waits", "uncontended", "--rate", "0.3"])
+    assert shown.exit_code == 0 and "refused falsely" in shown.output
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
