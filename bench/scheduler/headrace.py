@@ -247,8 +247,8 @@ class Headrace:
                 if (known := self._workers[worker]).alive:
                     known.term, known.fence = TERM, fence
                     self._report(known)
-            case Grant(worker, _, model):
-                self._tell(LeaseGranted(worker, model, next(self._epochs)))
+            case Grant(worker, boot, model):
+                self._tell(LeaseGranted(worker, boot, model, next(self._epochs)))
             case Load():
                 self._load(action)
             case Unload():

@@ -73,8 +73,8 @@ class _Driver:
         speed.seconds += took
         for action in actions:
             match action:
-                case Grant(worker, _, model):
-                    self.tell(LeaseGranted(worker, model, next(self._epochs)))
+                case Grant(worker, boot, model):
+                    self.tell(LeaseGranted(worker, boot, model, next(self._epochs)))
                 case Load(worker, _, model, epoch, device):
                     self._resident[worker][model] = Resident(model, epoch, "active", device=device)
                 case Unload(worker, _, model, _):

@@ -65,7 +65,10 @@ class WorkerSeen:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGranted:
+    """The grant of a lease to a process is durable."""
+
     worker: str
+    boot: str
     model: str
     epoch: int
 

@@ -81,8 +81,8 @@ def step(pool: Pool, event: Event, now_ms: int) -> list[Action]:
             return _superseded(pool, request_id, attempt, now_ms)
         case WorkerSeen(status):
             return _worker_seen(pool, status, now_ms)
-        case LeaseGranted(worker, model, epoch):
-            return _granted(pool, worker, model, epoch, now_ms)
+        case LeaseGranted():
+            return _granted(pool, event, now_ms)
         case Heard():
             pool.taking = Taking.HEARING
             return _hear(pool)
@@ -489,14 +489,16 @@ def _lose_boot(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     return actions + [action for running in lost for action in _lose(pool, running, left=status.left)]
 
 
-def _granted(pool: Pool, worker: str, model: str, epoch: int, now_ms: int) -> list[Action]:
+def _granted(pool: Pool, event: LeaseGranted, now_ms: int) -> list[Action]:
+    worker, boot, model, epoch = event.worker, event.boot, event.model, event.epoch
     lease = pool.leases.get((worker, model))
-    if lease is None or lease.epoch is not None:
-        return []
+    if lease is None or lease.epoch is not None or lease.boot != boot:
+        # It is written down and nobody has it; the process that is there now has a grant of its own.
+        return [LeaseMoved(worker, boot, model, epoch, "lost", reason="the worker's process is gone")]
     lease.epoch = epoch
     if model not in pool.models:
         return lives.freed(pool, lease)  # it was removed while the grant was written
-    load = Load(worker, lease.boot, model, epoch, lease.device)
+    load = Load(worker, boot, model, epoch, lease.device)
     return [load, *lives.move(lease, LeaseState.LOADING, now_ms)]
 
 

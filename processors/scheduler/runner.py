@@ -316,7 +316,7 @@ class PoolRunner:
         )  # fmt: skip
         key = f"{granted.lease_id}/{granted.term}"
         written = await self._producer.send(LEASES.name, msgspec.json.encode(granted), key=key)
-        await self.feed(messages.LeaseGranted(grant.worker, grant.model, written.offset))
+        await self.feed(messages.LeaseGranted(grant.worker, grant.boot, grant.model, written.offset))
 
     async def _load(self, load: messages.Load) -> Awaitable[object]:
         model = self.state.models[load.model]

@@ -37,9 +37,9 @@ class Machine:
     def tell(self, event: messages.Event) -> None:
         for action in step(self.pool, event, self.now):
             match action:
-                case messages.Grant(worker, _, model):
+                case messages.Grant(worker, boot, model):
                     self.epoch += 1
-                    self.tell(messages.LeaseGranted(worker, model, self.epoch))
+                    self.tell(messages.LeaseGranted(worker, boot, model, self.epoch))
                 case messages.Load(_, _, model, epoch):
                     self.loads.append((self.now, model))
                     self.resident[model] = (epoch, "loading", self.now + self.pool.models[model].load_ms)
@@ -99,7 +99,7 @@ def ready(models: dict[str, Model]) -> Pool:
     status = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"])
     for action in step(pool, messages.WorkerSeen(status), 0):
         assert isinstance(action, messages.Grant)
-        step(pool, messages.LeaseGranted(action.worker, action.model, 5), 0)
+        step(pool, messages.LeaseGranted(action.worker, action.boot, action.model, 5), 0)
     status = msgspec.structs.replace(status, resident=[Resident(model, 5, "active") for model in models])
     step(pool, messages.WorkerSeen(status), 0)
     return pool

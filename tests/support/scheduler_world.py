@@ -343,7 +343,7 @@ class World:
             if isinstance(granted, messages.GrantTraining):
                 self.tell(messages.TrainingGranted(granted.worker, granted.job, self.epoch))
             else:
-                self.tell(messages.LeaseGranted(granted.worker, granted.model, self.epoch))
+                self.tell(messages.LeaseGranted(granted.worker, granted.boot, granted.model, self.epoch))
 
     def settle(self, name: str, state: str = "active") -> None:
         """Loads end in `state`, unloads have freed their memory."""

@@ -308,7 +308,7 @@ def test_a_model_on_a_worker_that_leaves_is_loaded_elsewhere() -> None:
     pool = Pool(term=TERM, models={"one": Model("one", "p", "t", bytes=4)})
     ram = Device("ram", 10, ["p"])
     step(pool, _worker("w1", ram), 0)
-    step(pool, messages.LeaseGranted("w1", "one", 1), 0)
+    step(pool, messages.LeaseGranted("w1", "b1", "one", 1), 0)
     held = [Resident("one", 1, "active", device="ram")]
     assert _granted(step(pool, _worker("w2", ram), 0)) == []
     assert _granted(step(pool, _worker("w1", ram, stopping=True, resident=held), 0)) == [("w2", "one")]
@@ -318,7 +318,7 @@ def test_a_lease_grows_with_what_its_model_is_seen_to_take() -> None:
     pool = Pool(term=TERM, models={"one": Model("one", "p", "t", bytes=4)})
     ram = Device("ram", 10, ["p"])
     step(pool, _worker("w1", ram), 0)
-    step(pool, messages.LeaseGranted("w1", "one", 1), 0)
+    step(pool, messages.LeaseGranted("w1", "b1", "one", 1), 0)
     seen = []
     for size in (3, 5, 4):
         step(pool, _worker("w1", ram, resident=[Resident("one", 1, "active", size, device="ram")]), 0)
@@ -331,10 +331,22 @@ def test_a_model_that_is_removed_while_its_grant_is_written_is_not_loaded() -> N
     [grant] = step(pool, messages.WorkerSeen(WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"])), 0)
     assert isinstance(grant, messages.Grant)
     step(pool, messages.ModelsChanged({}), 0)
-    assert step(pool, messages.LeaseGranted("w1", "one", 9), 0) == [
+    assert step(pool, messages.LeaseGranted("w1", "b1", "one", 9), 0) == [
         messages.LeaseMoved("w1", "b1", "one", 9, "free"),
     ]
     assert not pool.leases
+
+
+def test_a_grant_of_a_process_that_is_gone_is_no_lease_of_the_next_one() -> None:
+    pool = Pool(term=TERM, models={"one": Model("one", "p", "t")})
+    for boot in ("b1", "b2"):
+        granted = step(pool, messages.WorkerSeen(WorkerStatus("w1", boot, "default", TERM, 0, providers=["p"])), 0)
+        assert granted == [messages.Grant("w1", boot, "one")]
+    assert step(pool, messages.LeaseGranted("w1", "b1", "one", 9), 0) == [
+        messages.LeaseMoved("w1", "b1", "one", 9, "lost", reason="the worker's process is gone"),
+    ]
+    loaded = step(pool, messages.LeaseGranted("w1", "b2", "one", 10), 0)
+    assert messages.Load("w1", "b2", "one", 10) in loaded
 
 
 @pytest.mark.parametrize(("devices", "granted"), [([], 0), ([Device("d", 10, ["p"])], 8)])
@@ -342,7 +354,7 @@ def test_a_lease_that_loads_shows_the_bytes_that_it_was_granted(devices: list[De
     pool = Pool(term=TERM, models={"one": sized("one", 8)})
     step(pool, messages.Arrived(Request("r", "t", "one", 0, 10**9)), 0)
     step(pool, messages.WorkerSeen(WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], devices=devices)), 0)
-    assert step(pool, messages.LeaseGranted("w1", "one", 9), 0) == [
+    assert step(pool, messages.LeaseGranted("w1", "b1", "one", 9), 0) == [
         messages.Load("w1", "b1", "one", 9, "d" if devices else ""),
         messages.LeaseMoved("w1", "b1", "one", 9, "loading", granted, device="d" if devices else ""),
     ]
@@ -375,7 +387,7 @@ def test_a_queue_is_late_also_where_its_model_is_held_by_a_worker_whose_provider
     for name, model in (("w1", "m"), ("w2", "n")):
         show(name, 0)
         step(pool, messages.Arrived(Request(f"{model}0", "t", model, 0, 10**6)), 0)
-        step(pool, messages.LeaseGranted(name, model, 1), 0)
+        step(pool, messages.LeaseGranted(name, "b", model, 1), 0)
         show(name, 0, model)
     step(pool, messages.Finished("m0", 1, 1), 1)
     for number in (1, 2):
@@ -406,7 +418,7 @@ def test_a_model_keeps_its_memory_for_as_long_as_its_load_took() -> None:
     show("w1", 0)
     for number in range(9):
         step(pool, messages.Arrived(Request(f"m{number}", "t", "m", 0, 10**7)), 0)
-    step(pool, messages.LeaseGranted("w1", "m", 1), 0)
+    step(pool, messages.LeaseGranted("w1", "b", "m", 1), 0)
     step(pool, messages.Arrived(Request("n", "t", "n", 0, 10**7)), 0)
     for now, state in ((30_000, "active"), (59_000, "active"), (60_500, "draining")):
         show("w1", now, "m")

@@ -258,7 +258,7 @@ def test_a_prompt_is_charged_once_however_many_workers_die_under_it() -> None:
     step(pool, messages.WorkerSeen(shown), 0)
     step(pool, messages.WorkerSeen(WorkerStatus("w1", "b2", "default", TERM, 0, providers=["p"])), 0)
     step(pool, messages.AttemptReady("r", 2), 0)
-    step(pool, messages.LeaseGranted("w1", "one", 6), 0)
+    step(pool, messages.LeaseGranted("w1", "b2", "one", 6), 0)
     held = [Resident("one", 6, "active")]
     step(pool, messages.WorkerSeen(WorkerStatus("w1", "b2", "default", TERM, 0, providers=["p"], resident=held)), 0)
     assert "r" in pool.running

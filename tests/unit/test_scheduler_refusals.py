@@ -28,7 +28,7 @@ def two_workers() -> tuple[Pool, dict[str, Resident]]:
     held: dict[str, Resident] = {}
     for epoch, name in enumerate(("w1", "w2"), start=1):
         step(pool, heartbeat(name), 0)
-        step(pool, messages.LeaseGranted(name, "m", epoch), 0)
+        step(pool, messages.LeaseGranted(name, f"b-{name}", "m", epoch), 0)
         held[name] = Resident("m", epoch, "active")
         step(pool, heartbeat(name, held[name]), 0)
     return pool, held
@@ -76,7 +76,7 @@ def test_a_load_that_failed_is_tried_again_while_its_requests_go_to_a_fallback(f
     pool = Pool(term=TERM, models={"m": Model("m", "p", "t", preload=False, fallbacks=fallbacks)})
     step(pool, heartbeat("w1"), 0)
     arrive(pool, "a")
-    step(pool, messages.LeaseGranted("w1", "m", 1), 0)
+    step(pool, messages.LeaseGranted("w1", "b-w1", "m", 1), 0)
     failed = heartbeat("w1", Resident("m", 1, "failed", error="no"))
     ends = step(pool, failed, 0)
     assert [action.code for action in ends if isinstance(action, messages.End)] == ["provider_error"]

@@ -50,7 +50,7 @@ def unloads(actions: list[Action]) -> list[tuple[str, str, int]]:
 
 def hold(pool: Pool, worker: str, name: str, epoch: int, held: dict[str, int]) -> None:
     """Have a worker load a model that was just granted to it."""
-    actions = step(pool, messages.LeaseGranted(worker, name, epoch), 0)
+    actions = step(pool, messages.LeaseGranted(worker, "b", name, epoch), 0)
     assert any(isinstance(one, Load) for one in actions)
     step(pool, seen(worker, (name, epoch), held=held), 0)
 
@@ -76,7 +76,7 @@ def test_what_a_lost_worker_was_loading_counts_until_it_is_seen_or_must_have_bee
     step(pool, seen("w1"), 0)
     step(pool, seen("w2"), 0)
     [(loader, _)] = grants(asked(pool, "one"))
-    assert any(isinstance(one, Load) for one in step(pool, messages.LeaseGranted(loader, "one", 1), 0))
+    assert any(isinstance(one, Load) for one in step(pool, messages.LeaseGranted(loader, "b", "one", 1), 0))
     pool.queue("one").remove("r-one-0")
     step(pool, seen(loader, boot="b2"), 10)
     assert grants(asked(pool, "two", 20)) == [], "the server goes on with the load"
@@ -89,7 +89,7 @@ def test_what_a_lost_worker_was_loading_counts_until_it_is_seen_or_must_have_bee
     pool = pool_of(model("one", 12), model("two", 12))
     step(pool, seen("w1"), 0)
     asked(pool, "one")
-    step(pool, messages.LeaseGranted("w1", "one", 1), 0)
+    step(pool, messages.LeaseGranted("w1", "b", "one", 1), 0)
     pool.queue("one").remove("r-one-0")
     step(pool, seen("w1", boot="b2"), 0)
     asked(pool, "two", 0)
@@ -145,7 +145,7 @@ def test_a_failed_lease_holds_nothing_that_lies_there() -> None:
     pool = pool_of(model("one", 12), model("two", 12))
     step(pool, seen("w1"), 0)
     asked(pool, "one")
-    step(pool, messages.LeaseGranted("w1", "one", 1), 0)
+    step(pool, messages.LeaseGranted("w1", "b", "one", 1), 0)
     failed = seen("w1", held={"one": 12})
     failed.status.resident = [Resident("one", 1, "failed", error="late", device="box")]
     step(pool, failed, 10)

@@ -41,8 +41,8 @@ class Room:
         self.did += actions
         for action in actions:
             match action:
-                case messages.Grant(worker, _, model):
-                    self.tell(messages.LeaseGranted(worker, model, next(self._epochs)))
+                case messages.Grant(worker, boot, model):
+                    self.tell(messages.LeaseGranted(worker, boot, model, next(self._epochs)))
                 case messages.GrantTraining(worker, _, job):
                     self.tell(messages.TrainingGranted(worker, job, next(self._epochs)))
                 case messages.BeginTraining(_, _, job, epoch, device, size, notice_ms):

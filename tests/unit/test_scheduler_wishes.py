@@ -116,7 +116,7 @@ def test_a_model_is_unloaded_also_while_its_grant_is_written() -> None:
     [grant] = step(pool, messages.WorkerSeen(WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"])), 0)
     assert isinstance(grant, messages.Grant)
     assert step(pool, messages.UnloadAsked("one", "by hand"), 0) == []
-    step(pool, messages.LeaseGranted("w1", "one", 9), 0)
+    step(pool, messages.LeaseGranted("w1", "b1", "one", 9), 0)
     assert messages.Unload("w1", "b1", "one", 9) in step(pool, messages.Tick(), 0)
 
 

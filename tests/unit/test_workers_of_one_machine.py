@@ -61,7 +61,7 @@ class Shared:
         found: list[messages.Load] = []
         for grant in [action for action in actions if isinstance(action, messages.Grant)]:
             self.epochs += 1
-            granted = step(self.pool, messages.LeaseGranted(grant.worker, grant.model, self.epochs), 0)
+            granted = step(self.pool, messages.LeaseGranted(grant.worker, grant.boot, grant.model, self.epochs), 0)
             found += [action for action in granted if isinstance(action, messages.Load)]
         return found
 
