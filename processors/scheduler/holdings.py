@@ -16,6 +16,7 @@ def adopt(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
         if lease is None:
             actions += _take_over(pool, status, resident, now_ms)
         elif resident.epoch == lease.epoch:
+            lease.shown = True
             actions += _follow(lease, resident, now_ms)
     return actions
 
@@ -26,7 +27,7 @@ def _take_over(pool: Pool, status: WorkerStatus, resident: Resident, now_ms: int
     size = resident.bytes or (model.bytes if model is not None else 0)
     lease = Lease(
         status.worker, status.boot, resident.model, resident.device, size if resident.device else 0, resident.epoch,
-        LeaseState.LOADING, moved_ms=now_ms, used_ms=now_ms,
+        LeaseState.LOADING, moved_ms=now_ms, used_ms=now_ms, shown=True,
     )  # fmt: skip
     if wishes.is_released(pool, lease):
         lease.bytes = 0

@@ -81,6 +81,8 @@ class Lease:
     """How long its last load took; 0 where that was not seen."""
     used_ms: int = 0
     """When a request was last given to it, or was done on it."""
+    shown: bool = False
+    """Whether its worker has shown it: before that the worker may have the load still to read."""
     error: str = ""
 
     @property

@@ -56,10 +56,11 @@ def _unload(pool: Pool, model_id: str, reason: str, now_ms: int) -> list[Action]
 
 
 def _drain_all(pool: Pool, model_id: str, reason: str, now_ms: int) -> list[Action]:
+    """Drain what is loaded or being loaded, but nothing that its worker has not shown: it would seem to be unloaded."""
     return [
         action
         for lease in pool.of_model(model_id)
-        if lease.state in (LeaseState.LOADING, LeaseState.ACTIVE)
+        if lease.shown and lease.state in (LeaseState.LOADING, LeaseState.ACTIVE)
         for action in drain(lease, now_ms, reason)
     ]
 

@@ -117,7 +117,9 @@ def test_a_model_is_unloaded_also_while_its_grant_is_written() -> None:
     assert isinstance(grant, messages.Grant)
     assert step(pool, messages.UnloadAsked("one", "by hand"), 0) == []
     step(pool, messages.LeaseGranted("w1", "b1", "one", 9), 0)
-    assert messages.Unload("w1", "b1", "one", 9) in step(pool, messages.Tick(), 0)
+    assert step(pool, messages.Tick(), 0) == [], "a worker that does not show it may not have read that it is to load"
+    shown = WorkerStatus("w1", "b1", "default", TERM, 0, providers=["p"], resident=[Resident("one", 9, "loading")])
+    assert messages.Unload("w1", "b1", "one", 9) in step(pool, messages.WorkerSeen(shown), 0)
 
 
 def test_a_pinned_model_is_not_unloaded() -> None:
