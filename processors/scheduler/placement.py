@@ -455,10 +455,12 @@ class _Planner:
         """Wait for memory that is on its way back, else drain what `_victims` chooses where that costs least."""
         # What comes back may come late; no job trains in the meantime where a queue is late too.
         leaves = bool(self._training_leaves.intersection(places))
-        if wish.late and not leaves and self._have_training_leave(places, wish.model):
-            return
+        if wish.late and not leaves:
+            for at_once in (True, False):
+                if self._have_training_leave(places, wish.model, at_once=at_once):
+                    return
         for spot in places:
-            if self._free[spot] + self._leaving[spot] >= wish.model.bytes:
+            if self._free_for(wish.model, spot) + self._leaving[spot] >= wish.model.bytes:
                 self._free[spot] -= wish.model.bytes
                 return
         # Loads share the drive and the bus of a device: what made room now would be missed before the load begins.
@@ -501,10 +503,13 @@ class _Planner:
         """What it costs those who wait that a trainer writes its checkpoint first, in the same unit."""
         return max((lease.notice_ms for lease in self._training.get(spot, ())), default=0) * max(1, wish.waiting)
 
-    def _have_training_leave(self, spots: list[Place], model: Model) -> bool:
-        """Give notice to jobs, and keep their bytes for a model, where that suffices; whether it does anywhere."""
+    def _have_training_leave(self, spots: list[Place], model: Model, *, at_once: bool = False) -> bool:
+        """Give notice to jobs, and keep their bytes for a model, where that suffices; whether it does anywhere.
+
+        `at_once`: without what is on its way back already.
+        """
         for spot in spots if self._pool.trainers else ():
-            missing = model.bytes - self._free[spot] - self._leaving[spot]
+            missing = model.bytes - self._free[spot] - (0 if at_once else self._leaving[spot])
             trains = self._training.get(spot, [])
             concerned = trains or spot in self._training_leaves
             if concerned and sum(lease.bytes for lease in trains) >= missing:

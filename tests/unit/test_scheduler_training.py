@@ -218,3 +218,16 @@ def test_a_trainer_that_is_found_goes_on_if_its_job_is_still_wanted(asked: bool)
     room.beat()
     assert room.state is (LeaseState.ACTIVE if asked else LeaseState.DRAINING)
     assert not [action for action in room.did if isinstance(action, messages.GrantTraining)]
+
+
+def test_a_job_leaves_for_a_late_queue_also_where_other_memory_is_on_its_way_back() -> None:
+    room = Room(limits=Limits(max_wait_ms=20_000))
+    room.tell(messages.Arrived(Request("stays", "t", "a", 0, 600_000)))
+    room.beat()
+    room.tell(messages.TrainingAsked(Job("j", 2, notice_ms=1_000)))
+    room.tell(messages.ModelsChanged({"b": MODELS["b"]}))
+    assert room.pool.leases["w", "a"].state is LeaseState.DRAINING and "stays" in room.pool.running
+    room.tell(messages.Arrived(Request("waits", "t", "b", 0, 600_000)))
+    room.go_on(20)
+    assert [notice.job for notice in room.notices] == ["j"], "nobody knows when the model gives its memory back"
+    assert room.notices[0].by_ms <= 12_000
