@@ -383,7 +383,7 @@ class Resident(msgspec.Struct, omit_defaults=True):
     state: str
     """`loading`, `active`, `unloading` (its memory is not free yet) or `failed`."""
     bytes: int = 0
-    """Memory that it was seen to take, 0 where nobody can tell."""
+    """Memory that it was seen to take, or until then is expected to; 0 where nobody can tell."""
     error: str = ""
     device: str = ""
     progress: str = ""

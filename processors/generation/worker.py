@@ -202,6 +202,7 @@ class Worker:
             metrics.MODEL_LOAD_SECONDS.labels(model=held.model.id).observe(time.monotonic() - began)
             log.info("model_loaded", model=held.model.id, epoch=held.epoch, device=held.device, bytes=loaded.bytes)
         except HeadraceError as error:
+            await self.memory.look_at_server(provider)  # It may have the model all the same.
             held.settle("failed", error.message)
             log.error("model_load_failed", model=held.model.id, epoch=held.epoch, error=error.message)
         self.changed.set()
@@ -391,7 +392,7 @@ class Worker:
                     model_id,
                     held.epoch,
                     held.state,
-                    self.memory.peak(model_id),
+                    self.memory.peak(model_id) or (held.model.bytes if held.device else 0),
                     held.error,
                     held.device,
                     progress=held.progress,
