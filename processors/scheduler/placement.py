@@ -438,14 +438,19 @@ class _Planner:
 
     def _fits(self, model: Model, spot: Place) -> bool:
         """Whether it takes nothing from others there; where it lies already it takes no more."""
-        return self._free[spot] + self._there[spot].get(model.id, 0) >= model.bytes
+        return self._free_for(model, spot) >= max(model.bytes, self._there[spot].get(model.id, 0))
+
+    def _free_for(self, model: Model, spot: Place) -> int:
+        """Bytes that a model may take there: those that nobody holds, and its own where it lies under no lease."""
+        return self._free[spot] + self._there[spot].get(model.id, 0)
 
     def _ask(self, model: Model, worker: str, device: str) -> None:
         boot = self._pool.workers[worker].status.boot
-        size = model.bytes if device else 0
-        self._pool.leases[worker, model.id] = Lease(worker, boot, model.id, device, size, moved_ms=self._now)
         spot = self._spot(worker, device)
-        self._free[spot] += self._there[spot].pop(model.id, 0) - size
+        there = self._there[spot].pop(model.id, 0)  # it may take more than its record says
+        size = max(model.bytes, there) if device else 0
+        self._pool.leases[worker, model.id] = Lease(worker, boot, model.id, device, size, moved_ms=self._now)
+        self._free[spot] += there - size
         self._loading.add(spot)
         self.actions.append(Grant(worker, boot, model.id, device, size))
 
@@ -491,7 +496,7 @@ class _Planner:
         if not wish.late or wish.lacked_ms + wish.model.load_ms < self._pool.limits.max_wait_ms:
             return
         for spot in places:
-            if self._free[spot] + self._leaving[spot] + self._movable[spot] >= wish.model.bytes:
+            if self._free_for(wish.model, spot) + self._leaving[spot] + self._movable[spot] >= wish.model.bytes:
                 self._free[spot] -= wish.model.bytes
                 return
 
@@ -550,7 +555,7 @@ class _Planner:
 
     def _victims(self, wish: _Wish, spot: Place) -> list[_Holder] | None:
         """Leases on a device that may be taken and suffice, chosen greedily by `order`; None when all do not."""
-        missing = wish.model.bytes - self._free[spot] - self._leaving[spot]
+        missing = wish.model.bytes - self._free_for(wish.model, spot) - self._leaving[spot]
         candidates = [holder for holder in self._active.get(spot, ()) if self._may_take(wish, holder)]
         if sum(holder.bytes for holder in candidates) < missing:
             return None

@@ -326,6 +326,7 @@ def _worker_seen(pool: Pool, status: WorkerStatus, now_ms: int) -> list[Action]:
     first = known is None or not known.trusted
     news = known is None or first or _tells_news(pool, known.status, status)
     actions += holdings.adopt(pool, status, now_ms)
+    servers.see_dropped(pool, status, now_ms)
     actions += holdings.see_freed(pool, status)
     actions += training.seen(pool, status, now_ms)
     if first:

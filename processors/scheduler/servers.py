@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from processors.scheduler.messages import Action, Unload
-from processors.scheduler.state import Lease, LeaseState, Pool, Strayed, Taking, Unseen, Worker
+from processors.scheduler.state import Dropped, Lease, LeaseState, Pool, Strayed, Taking, Unseen, Worker
 from schemas.events import NO_EPOCH, Device, ServerHeld, WorkerStatus
 
 UNLOAD_AFTER_MS = 10_000
@@ -19,6 +19,9 @@ UNLOAD_AFTER_MS = 10_000
 
 SEEN_WITHIN_MS = 10_000
 """How long it may take until other workers show what a server holds, once it is loaded."""
+LOOKED_WITHIN_MS = 2_000
+"""How long it takes until other workers have looked at a server and told of it."""
+LEAVING = (LeaseState.RELEASING, LeaseState.QUARANTINED)
 
 
 def lose(pool: Pool, status: WorkerStatus, lease: Lease, now_ms: int) -> None:
@@ -27,6 +30,18 @@ def lose(pool: Pool, status: WorkerStatus, lease: Lease, now_ms: int) -> None:
         model = pool.models.get(lease.model)
         loads_ms = 2 * model.load_ms if model is not None and lease.state is LeaseState.LOADING else 0
         pool.unseen[lease.device, lease.model] = Unseen(lease.holds, now_ms + loads_ms + SEEN_WITHIN_MS)
+
+
+def see_dropped(pool: Pool, status: WorkerStatus, now_ms: int) -> None:
+    """A worker shows no more what it was to unload, having looked at its server: what others saw there is older."""
+    shown = {resident.model for resident in status.resident}
+    for device in status.devices if pool.leases else ():
+        if device.shared:
+            here = {model for held in device.held for model in held.models}
+            for lease in pool.leases.values():
+                gone = lease.state in LEAVING and lease.model not in shown | here
+                if gone and (lease.worker, lease.device) == (status.worker, device.id):
+                    pool.dropped[device.id, lease.model] = Dropped(status.worker, now_ms + LOOKED_WITHIN_MS)
 
 
 def strays(pool: Pool, now_ms: int) -> dict[str, list[ServerHeld]]:
@@ -43,10 +58,15 @@ def strays(pool: Pool, now_ms: int) -> dict[str, list[ServerHeld]]:
     for (device_id, model), lost in pool.unseen.items():
         if (device_id, model) not in shown | leased and now_ms < lost.until_ms:
             found.setdefault(device_id, {})[model,] = lost.bytes
-    for _, device in shared:
+    for worker, device in shared:
         seen: dict[tuple[str, ...], int] = {}  # by the models that it may be; what is none of ours, all together
+        old = {
+            model
+            for (where, model), one in pool.dropped.items()
+            if where == device.id and one.worker != worker.status.worker and now_ms < one.until_ms
+        }
         for held in device.held:
-            if not any((device.id, model) in leased for model in held.models):
+            if not any((device.id, model) in leased or model in old for model in held.models):
                 seen[tuple(held.models)] = seen.get(tuple(held.models), 0) + held.bytes
         most = found.setdefault(device.id, {})
         for models, size in seen.items():
@@ -67,6 +87,7 @@ def unload_strays(pool: Pool, now_ms: int) -> list[Action]:
     actions: list[Action] = []
     seen: dict[tuple[str, str], Strayed] = {}
     shown = _shown(pool)
+    pool.dropped = {at: one for at, one in pool.dropped.items() if now_ms < one.until_ms}
     pool.unseen = {at: lost for at, lost in pool.unseen.items() if at not in shown and now_ms < lost.until_ms}
     for device, found in strays(pool, now_ms).items():
         for stray in found:
@@ -76,10 +97,15 @@ def unload_strays(pool: Pool, now_ms: int) -> list[Action]:
             known = pool.strayed.get((device, model)) or Strayed(now_ms)
             if now_ms - known.since_ms >= UNLOAD_AFTER_MS:
                 worker = next((one for one, shown in _shared(pool) if shown.id == device and one.usable), None)
-                asked = worker is not None and not any(_wanted(pool, name) for name in stray.models)
-                known = Strayed(now_ms, asked)  # Asked again, should it stay.
+                # Who wants it and has not leased it by the next time cannot have it as it lies.
+                wanted = not known.spared and any(_wanted(pool, name) for name in stray.models)
+                asked = worker is not None and not wanted
+                known = Strayed(now_ms, asked, spared=wanted)  # Asked again, should it stay.
                 if worker is not None and asked:
-                    actions.append(Unload(worker.status.worker, worker.status.boot, model, NO_EPOCH))
+                    # One whose load failed has it in its books under that epoch, and obeys none before it.
+                    failed = pool.leases.get((worker.status.worker, model))
+                    epoch = failed.granted if failed is not None else NO_EPOCH
+                    actions.append(Unload(worker.status.worker, worker.status.boot, model, epoch))
             seen[device, model] = known
     pool.strayed = seen
     return actions

@@ -206,6 +206,8 @@ class Strayed:
     since_ms: int
     """When it was seen first, or when the server was last asked to unload it."""
     asked: bool = False
+    spared: bool = False
+    """Whether it was left there for somebody who wants it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,15 @@ class Unseen:
     bytes: int
     until_ms: int
     """When somebody must have seen it, if it is there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """What a worker had a server unload: it has looked, and others may not have."""
+
+    worker: str
+    until_ms: int
+    """When all have looked."""
 
 
 class Taking(StrEnum):
@@ -281,6 +292,8 @@ class Pool:
     """By (worker, job)."""
     unseen: dict[tuple[str, str], Unseen] = field(default_factory=dict)
     """(device, model) -> what may lie in a server though no worker shows it."""
+    dropped: dict[tuple[str, str], Dropped] = field(default_factory=dict)
+    """(device, model) -> who saw that a server holds it no more."""
     strayed: dict[tuple[str, str], Strayed] = field(default_factory=dict)
     """(device, model) that a server holds and nobody has a lease on."""
     released: dict[tuple[str, str], int] = field(default_factory=dict)

@@ -150,3 +150,57 @@ def test_a_failed_lease_holds_nothing_that_lies_there() -> None:
     failed.status.resident = [Resident("one", 1, "failed", error="late", device="box")]
     step(pool, failed, 10)
     assert grants(asked(pool, "two", 20)) == [], "the server holds it all the same"
+
+
+def run(pool: Pool, until_ms: int, *heartbeats: messages.WorkerSeen) -> list[tuple[int, Action]]:
+    """What the scheduler does while workers tell the same each half second, and when."""
+    return [
+        (now_ms, action)
+        for now_ms in range(0, until_ms + 1, 500)
+        for event in (*heartbeats, messages.Tick())
+        for action in step(pool, event, now_ms)
+    ]
+
+
+def test_what_is_left_of_a_load_that_failed_is_unloaded_by_who_has_it_in_its_books() -> None:
+    pool = pool_of(model("one", 12))
+    step(pool, seen("w1"), 0)
+    asked(pool, "one")
+    step(pool, messages.LeaseGranted("w1", "b", "one", 4), 0)
+    failed = seen("w1", held={"one": 12})
+    failed.status.resident = [Resident("one", 4, "failed", error="late", device="box")]
+    told = run(pool, UNLOAD_AFTER_MS + 500, failed)
+    assert unloads([action for _, action in told]) == [("w1", "one", 4)], "it obeys no earlier epoch"
+
+
+def test_what_a_worker_has_unloaded_is_gone_though_others_have_not_looked_since() -> None:
+    pool = pool_of(model("idle", 8, preload=True), model("asked", 14))
+    step(pool, seen("w1"), 0)
+    hold(pool, "w1", "idle", 1, {"idle": 8})
+    step(pool, seen("w2", held={"idle": 8}), 0)
+    assert unloads(asked(pool, "asked")) == [("w1", "idle", 1)]
+    assert [name for _, name in grants(step(pool, seen("w1"), 100))] == ["asked"], "and not what was to make room"
+
+
+def test_what_lies_there_is_leased_with_what_it_takes() -> None:
+    pool = pool_of(model("one", 4), model("two", 14))
+    step(pool, seen("w1", held={"one": 8}), 0)
+    asked(pool, "one")
+    assert pool.leases["w1", "one"].bytes == 8, "its record says less"
+    assert grants(asked(pool, "two")) == []
+
+
+def test_room_is_made_beside_what_a_model_takes_there_already() -> None:
+    pool = pool_of(model("idle", 6, preload=True), model("grown", 14))
+    step(pool, seen("w1"), 0)
+    hold(pool, "w1", "idle", 1, {"idle": 6})
+    step(pool, seen("w1", ("idle", 1), held={"idle": 6, "grown": 6, "?": 4}), 0)
+    assert unloads(asked(pool, "grown")) == [("w1", "idle", 1)]
+
+
+def test_what_is_wanted_and_cannot_be_leased_as_it_lies_is_unloaded() -> None:
+    pool = pool_of(model("grown", 16, preload=True))
+    told = run(pool, 2 * UNLOAD_AFTER_MS + 500, seen("w1", held={"grown": 8, "?": 8}))
+    assert [(at, unloads([action])) for at, action in told if unloads([action])] == [
+        (2 * UNLOAD_AFTER_MS, [("w1", "grown", NO_EPOCH)])
+    ]
