@@ -17,28 +17,30 @@ from processors.scheduler.state import Pool, Request, Running
 from schemas.control import Model
 from schemas.events import Priority, Resident, RunningAttempt, Status, WorkerStatus
 from tests.support.one_machine import TERM, ready
-from tests.support.scheduler_world import MODELS, TENANTS, WORKERS, World
+from tests.support.scheduler_machines import MODELS, SERVED, SIZE, WORKERS
+from tests.support.scheduler_world import INGRESSES, TENANTS, World
 
 _worker = st.sampled_from(WORKERS)
-_model = st.sampled_from(sorted(MODELS))
+_model = st.sampled_from(sorted(MODELS | SERVED))
 
 
 class Walk(RuleBasedStateMachine):
     """Whatever happens, in any order; the world checks what must hold after every step."""
 
-    @initialize()
-    def begin(self) -> None:
-        self.world = World()
+    @initialize(server=st.booleans())
+    def begin(self, server: bool) -> None:
+        self.world = World(server=server)
         self.world.healthy("w1")
 
     @rule(model=_model, patience_ms=st.integers(50, 60_000), tenant=st.sampled_from(TENANTS), data=st.data())
     def arrive(self, model: str, patience_ms: int, tenant: str, data: st.DataObject) -> None:
+        model = model if model in self.world.names else "one"
         self.world.arrive(model, patience_ms, tenant, data.draw(st.sampled_from(Priority)))
 
     @rule(count=st.integers(2, 6), model=_model)
     def rush(self, count: int, model: str) -> None:
         for _ in range(count):
-            self.world.arrive(model, 60_000)
+            self.world.arrive(model if model in self.world.names else "one", 60_000)
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -64,10 +66,42 @@ class Walk(RuleBasedStateMachine):
     def heartbeat(self, name: str, stopping: bool) -> None:
         self.world.heartbeat(name, stopping=stopping)
 
-    @rule(name=_worker, provider=st.sampled_from(["p", "q"]), is_open=st.booleans())
-    def breaker(self, name: str, provider: str, is_open: bool) -> None:
-        self.world.breaker(name, provider, is_open=is_open)
+    @rule(names=st.sampled_from([("w1",), ("w2",), WORKERS]), provider=st.sampled_from("pqo"), is_open=st.booleans())
+    def breaker(self, names: tuple[str, ...], provider: str, is_open: bool) -> None:
+        for name in names:
+            self.world.breaker(name, provider, is_open=is_open)
+            self.world.heartbeat(name)
+
+    @rule(name=_worker, size=st.integers(-1, SIZE))
+    def resize(self, name: str, size: int) -> None:
+        if size < 0:
+            self.world.fall_off(name)
+        else:
+            self.world.resize(name, size)
         self.world.heartbeat(name)
+
+    @rule(model=_model, delete=st.sampled_from([None, False, True]))
+    def remove(self, model: str, delete: bool | None) -> None:
+        if delete is None:
+            self.world.restore(model)
+        else:
+            self.world.remove(model, delete=delete)
+
+    @rule(model=_model, field=st.sampled_from(["bytes", "max_concurrency", "pinned"]), value=st.integers(1, 2))
+    def register(self, model: str, field: str, value: int) -> None:
+        self.world.register(model, **{field: value == 1 if field == "pinned" else value})
+
+    @rule(tenant=st.sampled_from(TENANTS), app=st.booleans())
+    def revoke(self, tenant: str, app: bool) -> None:
+        self.world.revoke(tenant, app=app)
+
+    @rule(name=st.sampled_from(INGRESSES), lost=st.booleans())
+    def ingress(self, name: str, lost: bool) -> None:
+        (self.world.lose_ingress if lost else self.world.boot_ingress)(name)
+
+    @rule(name=st.sampled_from([*SERVED, "?"]), size=st.integers(1, 4))
+    def others(self, name: str, size: int) -> None:
+        self.world.others_load(name, size)
 
     @rule()
     def grant(self) -> None:

@@ -10,12 +10,13 @@ from multiprocessing import get_context
 
 import pytest
 
-from processors.scheduler import holdings, lives, policy, training
-from processors.scheduler.messages import Action, Unload
+from processors.scheduler import holdings, lives, placement, policy, servers, training, wishes
+from processors.scheduler.messages import Action, CancelAsked, LoadAsked, Unload, Wish
 from processors.scheduler.queues import Queue
-from processors.scheduler.state import Lease, LeaseState, Pool, Request
+from processors.scheduler.state import Lease, LeaseState, Pool, Request, Worker
 from schemas.events import Priority, Resident, RunningAttempt, WorkerStatus
-from tests.support.scheduler_world import JOBS, MODELS, TENANTS, WORKERS, Broken, World
+from tests.support.scheduler_machines import JOBS, SERVED, SIZE, WORKERS, Broken
+from tests.support.scheduler_world import INGRESSES, TENANTS, World
 
 STEPS = 1_000_000
 LIFE = 400
@@ -27,10 +28,14 @@ def walk(seed: int, steps: int) -> int:
     """Take at least `steps` steps in worlds of `LIFE` steps; returns how many. Raises `Broken`."""
     taken = life = 0
     while taken < steps:
-        world, chance = World(), random.Random(f"{seed}/{life}")
+        chance = random.Random(f"{seed}/{life}")
+        world, trouble = World(server=chance.random() < 0.25), chance.choice((0.0, 0.02, 0.1))
         try:
             while world.steps < LIFE:
-                act(world, chance)
+                if chance.random() < trouble:
+                    disturb(world, chance)
+                else:
+                    act(world, chance)
             world.finish_all()
         except Broken as error:
             raise Broken(f"{error} (seed {seed}, life {life}, step {world.steps})") from error
@@ -47,7 +52,7 @@ def act(world: World, chance: random.Random) -> None:
         if len(world.live) < MOST_LIVE:
             patience = chance.choice((300, 3_000, 60_000))
             priority = chance.choice((Priority.INTERACTIVE, Priority.STANDARD, Priority.STANDARD, Priority.BATCH))
-            world.arrive(chance.choice(sorted(MODELS)), patience, chance.choice(TENANTS), priority)
+            world.arrive(chance.choice(world.names), patience, chance.choice(TENANTS), priority)
     elif what < 0.25:
         world.cancel(chance.choice(sorted(world.asked)) if world.asked else "early")
     elif what < 0.45:
@@ -83,6 +88,69 @@ def act(world: World, chance: random.Random) -> None:
         train(world, worker, chance)
     else:
         world.pass_time(chance.choice((50, 250, 1_000, 7_000)))
+
+
+def disturb(world: World, chance: random.Random) -> None:
+    """Something random happens that changes what there is: by operators, by others on a machine, or by what breaks."""
+    worker, model = chance.choice(WORKERS), chance.choice(world.names)
+    what = chance.random()
+    if what < 0.09:
+        world.wish(model, chance.choice(("load", "unload")))
+    elif what < 0.15:
+        release(world, chance)
+    elif what < 0.30:
+        change(world, model, chance)
+    elif what < 0.40:
+        world.breaker(worker, chance.choice("ppqo"), is_open=chance.random() < 0.6)
+    elif what < 0.46:
+        provider, is_open = chance.choice("ppqo"), chance.random() < 0.7
+        for name in WORKERS:
+            world.breaker(name, provider, is_open=is_open)
+            world.heartbeat(name)
+    elif what < 0.60:
+        world.resize(worker, chance.choice((SIZE, SIZE, *range(SIZE))))
+        world.heartbeat(worker)
+    elif what < 0.63:
+        world.fall_off(worker)
+    elif what < 0.67:
+        world.revoke(chance.choice(TENANTS), app=chance.random() < 0.4)
+    elif what < 0.72:
+        name = chance.choice(INGRESSES)
+        (world.lose_ingress if chance.random() < 0.5 else world.boot_ingress)(name)
+    elif what < 0.80:
+        world.others_load(chance.choice((*SERVED, "?", "?")), chance.choice((1, 2, 3, 4)))
+    elif what < 0.83:
+        world.others_unload()
+    else:
+        world.pass_time(chance.choice((1_000, 5_000)))
+
+
+def release(world: World, chance: random.Random) -> None:
+    """An operator says that what is being unloaded is gone, and the scheduler may be another one at once."""
+    held = [(name, id, one.state) for name in WORKERS for id, one in world.machines[name].resident.items()]
+    leaving = [(name, id) for name, id, state in held if state == "unloading"]
+    if leaving:
+        world.release(*chance.choice(leaving))
+        if chance.random() < 0.3:
+            world.take_over()
+    elif held:
+        world.wish(chance.choice(held)[1], "unload")
+
+
+def change(world: World, model: str, chance: random.Random) -> None:
+    """The registry has a model no more, or has it again, or otherwise."""
+    what = chance.random()
+    if model not in world.models:
+        world.restore(model)
+    elif what < 0.35:
+        world.remove(model, delete=chance.random() < 0.5)
+    elif what < 0.55:
+        world.register(model, max_concurrency=chance.choice((1, 2, 3)))
+    elif what < 0.75:
+        # One that is pinned leaves room for each of the others.
+        world.register(model, bytes=chance.choice((1, 2) if model == "pinned" else (2, 4, 6, 8)))
+    else:
+        world.register(model, pinned=chance.random() < 0.5)
 
 
 def train(world: World, worker: str, chance: random.Random) -> None:
@@ -175,6 +243,45 @@ def _free_after_notice(pool: Pool, now_ms: int) -> list[Action]:
     return []
 
 
+def _end_no_wait(
+    pool: Pool, wish: CancelAsked, now_ms: int, *, real: Callable[..., list[Action]] = policy._cancel
+) -> list[Action]:
+    """Who is to end while it waits waits on."""
+    return [] if any(wish.request_id in queue for queue in pool.queues.values()) else real(pool, wish, now_ms)
+
+
+def _forget_the_removed(
+    pool: Pool, model_id: str, now_ms: int, *, real: Callable[..., list[Action]] = policy._dispatch
+) -> list[Action]:
+    """Who waits for a model that is gone waits on."""
+    return real(pool, model_id, now_ms) if model_id in pool.models else []
+
+
+def _keep_the_removed(pool: Pool, now_ms: int, *, real: Callable[..., list[Action]] = lives.time_out) -> list[Action]:
+    """A model that is gone keeps its memory."""
+    return real(pool, now_ms) if all(lease.model in pool.models for lease in pool.leases.values()) else []
+
+
+def _grant_what_was(
+    pool: Pool, status: WorkerStatus, now_ms: int, *, real: Callable[..., list[Action]] = policy._worker_seen
+) -> list[Action]:
+    """A device is taken to have what it has at its best."""
+    for device in status.devices:
+        device.bytes = max(device.bytes, SIZE)
+    return real(pool, status, now_ms)
+
+
+def _unload_any(pool: Pool, model_id: str, reason: str, now_ms: int) -> list[Action]:
+    """An operator's wish to unload is obeyed for pinned models too."""
+    return wishes._drain_all(pool, model_id, reason, now_ms)
+
+
+def _obey_no_load(
+    pool: Pool, wish: Wish, now_ms: int, *, real: Callable[..., list[Action]] = wishes.obey
+) -> list[Action]:
+    return [] if isinstance(wish, LoadAsked) else real(pool, wish, now_ms)
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "mutant"),
     [
@@ -196,6 +303,24 @@ def _free_after_notice(pool: Pool, now_ms: int) -> list[Action]:
         (training, "time_out", _free_after_notice),
         (training, "notice", lambda pool, lease, now_ms, reason: []),
         (training, "seen", lambda pool, status, now_ms: []),
+        (policy, "_cancel", _end_no_wait),
+        (policy, "_cancel_running", lambda running, reason, status: []),
+        (Pool, "blocked", lambda pool, lease: False),
+        (Worker, "offers", lambda worker, provider: worker.usable and provider in worker.status.providers),
+        (policy, "broken_reason", lambda pool, model: None),
+        (policy, "_worker_seen", _grant_what_was),
+        (placement._Planner, "relieve", lambda planner: None),
+        (policy, "_dispatch", _forget_the_removed),
+        (lives, "time_out", _keep_the_removed),
+        (placement, "_pinned", lambda pool, lease: False),
+        (wishes, "_unload", _unload_any),
+        (wishes, "obey", _obey_no_load),
+        (Pool, "at_hand", lambda pool, model: model.pinned or model.preload or model.id in pool.wanted),
+        (wishes, "_release", lambda pool, worker, model, reason: []),
+        (wishes, "is_released", lambda pool, lease: False),
+        (servers, "strays", lambda pool, now_ms: {}),
+        (servers, "lose", lambda pool, status, lease, now_ms: None),
+        (servers, "unload_strays", lambda pool, now_ms: []),
     ],
     ids=[
         "believe who comes back",
@@ -204,6 +329,14 @@ def _free_after_notice(pool: Pool, now_ms: int) -> list[Action]:
         "believe that all still runs", "do not see what runs", "end what is asked for again",
         "forget what was commanded",
         "bytes of who trains on given away", "let jobs train on", "lose sight of trainers",
+        "let who is revoked wait", "let who is revoked run",
+        "use a broken provider", "load for a broken provider", "let a queue wait for a broken provider",
+        "grant on a device that shrank", "let models idle in memory that is gone",
+        "forget who waits for a removed model", "keep a removed model",
+        "take a pinned model's memory", "unload a pinned model", "ignore a load", "load what was unloaded",
+        "ignore a release", "forget a release",
+        "forget what a server holds", "forget what a lost worker had in a server",
+        "leave in a server what nobody wants",
     ],
 )  # fmt: skip
 def test_a_mutant_is_caught(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, mutant: object) -> None:
