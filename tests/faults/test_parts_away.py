@@ -157,7 +157,8 @@ async def test_a_worker_that_wakes_up_from_the_dead_says_nothing_more(victim: St
     """
     await victim.ready()
     before = await asyncio.to_thread(attempts_lost, victim)
-    async with Crowd(victim, CROWD, random.Random(f"{seed}-zombie")) as crowd:
+    # Long enough that none has ended when the worker stands, however slow the machine is.
+    async with Crowd(victim, CROWD, random.Random(f"{seed}-zombie"), tokens=200) as crowd:
         await asyncio.sleep(1.2)
         await until(lambda: victim.have_begun(crowd.names), "every answer has begun, and can be gone on with", 10)
         await victim.pause("worker-1")

@@ -48,6 +48,7 @@ class Caller:
         spec: Spec | None = None,
         *,
         patience_s: float = PATIENCE_S,
+        tokens: int = TOKENS,
         **fields: object,
     ) -> None:
         self._apis = apis
@@ -55,7 +56,7 @@ class Caller:
         self._turn = number
         self._fields = fields
         self.outcome = Outcome(
-            spec or Spec(tokens=TOKENS, interval_ms=INTERVAL_MS, seq=number * 1_000, id=fresh("fault"))
+            spec or Spec(tokens=tokens, interval_ms=INTERVAL_MS, seq=number * 1_000, id=fresh("fault"))
         )
 
     async def run(self) -> Outcome:
@@ -98,8 +99,12 @@ class Caller:
 class Crowd:
     """Many callers that begin within a second of each other."""
 
-    def __init__(self, stack: Stack, size: int, chance: random.Random, *, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, stack: Stack, size: int, chance: random.Random, *, patience_s: float = PATIENCE_S, tokens: int = TOKENS
+    ) -> None:
+        """`tokens`: of each answer, which takes 50 ms for each of them."""
         self._stack = stack
+        self._tokens = tokens
         self._size = size
         self._chance = chance
         self._patience_s = patience_s
@@ -110,7 +115,7 @@ class Crowd:
         self._apis = [Api(self._stack, ingress=index) for index in range(len(self._stack.ingress_urls))]
         base = self._chance.randrange(1_000) * self._size
         for number in range(self._size):
-            caller = Caller(self._apis, base + number, patience_s=self._patience_s)
+            caller = Caller(self._apis, base + number, patience_s=self._patience_s, tokens=self._tokens)
             self._callers.append(caller)
             self._tasks.append(asyncio.create_task(_later(caller, RAMP_S * number / self._size)))
         return self
