@@ -448,6 +448,7 @@ class _Planner:
         boot = self._pool.workers[worker].status.boot
         spot = self._spot(worker, device)
         there = self._there[spot].pop(model.id, 0)  # it may take more than its record says
+        self._pool.dropped.pop((device, model.id), None)  # What others show from now on may be this load.
         size = max(model.bytes, there) if device else 0
         self._pool.leases[worker, model.id] = Lease(worker, boot, model.id, device, size, moved_ms=self._now)
         self._free[spot] += there - size

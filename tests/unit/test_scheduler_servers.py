@@ -204,3 +204,20 @@ def test_what_is_wanted_and_cannot_be_leased_as_it_lies_is_unloaded() -> None:
     assert [(at, unloads([action])) for at, action in told if unloads([action])] == [
         (2 * UNLOAD_AFTER_MS, [("w1", "grown", NO_EPOCH)])
     ]
+
+
+def test_what_was_unloaded_and_loaded_again_counts_when_its_worker_is_gone() -> None:
+    pool = pool_of(model("one", 12), model("two", 12))
+    for worker in ("w1", "w2"):
+        step(pool, seen(worker), 0)
+    [(loader, _)] = grants(asked(pool, "one"))
+    [other] = {"w1", "w2"} - {loader}
+    hold(pool, loader, "one", 1, {"one": 12})
+    step(pool, messages.Finished("r-one-0", 1, 1), 5)
+    assert unloads(step(pool, messages.UnloadAsked("one", "by hand"), 10)) == [(loader, "one", 1)]
+    step(pool, seen(loader), 20)
+    assert grants(asked(pool, "one", 30)) == [(loader, "one")]
+    hold(pool, loader, "one", 2, {"one": 12})
+    step(pool, seen(other, held={"one": 12}), 40)
+    step(pool, seen(loader, left=True), 50)
+    assert grants(asked(pool, "two", 60)) == [], "the other worker shows it, and it is not what was unloaded before"
