@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from clickhouse.usage_query import BadUsageQuery, Bucket, Place, UsageQuery
+from clickhouse.usage_query import OTHER_YEARS, BadUsageQuery, Bucket, Place, UsageQuery
 
 SPAN = timedelta(days=30)
 """Of a question that names no begin."""
@@ -55,7 +55,7 @@ def asked(
         try:
             return UsageQuery(begin or until - SPAN, until, bucket, by, where, limit)
         except OverflowError:
-            raise BadUsageQuery("times must be of the years 1970 to 2105") from None
+            raise BadUsageQuery(OTHER_YEARS) from None
     kept = _read(after)
     query = UsageQuery(begin or kept.begin, end or kept.end, bucket, by, where, limit)
     if (query.begin, query.end, _digest(query)) != (kept.begin, kept.end, kept.digest):

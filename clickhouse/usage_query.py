@@ -42,6 +42,7 @@ MAX_VALUES = 100
 """Of one filter."""
 _FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2106, 1, 1, tzinfo=UTC)
 """What the engine's times of whole seconds can tell."""
+OTHER_YEARS = "times must be of the years 1970 to 2105"
 
 
 class BadUsageQuery(ValueError):
@@ -123,7 +124,7 @@ class UsageQuery:
         if self.begin.tzinfo is None or self.end.tzinfo is None:
             raise BadUsageQuery("times need an offset, such as 2026-11-01T00:00:00Z")
         if not _FIRST <= self.begin <= _LAST or not _FIRST <= self.end <= _LAST:
-            raise BadUsageQuery("times must be of the years 1970 to 2105")
+            raise BadUsageQuery(OTHER_YEARS)
         if self.begin >= self.end:
             raise BadUsageQuery("`from` must be before `to`")
         if not 1 <= self.limit <= MAX_ROWS:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -71,25 +72,18 @@ async def own_usage(
     services: Services = request.app.state.services
     key = asking_key(request, who)
     where = {"tenant": (key.app,), "key": (key.id,)}
-    query = asked(begin, end, bucket, by=("model",), where=where, limit=10_000, after=after)
+    with refusals():
+        query = usage_pages.asked(
+            begin, end, bucket, by=("model",), where=where, limit=10_000, after=after, now=datetime.now(UTC)
+        )
     return rendered(query, await services.analytics.usage(query), form, accept)
 
 
-def asked(
-    begin: datetime | None,
-    end: datetime | None,
-    bucket: Bucket,
-    *,
-    by: tuple[str, ...],
-    where: Mapping[str, tuple[str, ...]],
-    limit: int,
-    after: str | None,
-) -> UsageQuery:
-    """The question of a caller, who may leave the range out. Raises `InvalidRequest`."""
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raises `InvalidRequest` for a question that cannot be answered."""
     try:
-        return usage_pages.asked(
-            begin, end, bucket, by=by, where=where, limit=limit, after=after, now=datetime.now(UTC)
-        )
+        yield
     except BadUsageQuery as error:
         raise InvalidRequest(f"{error}.") from None
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import Query, Request
 from starlette.responses import Response
 
+from clickhouse import usage_pages
 from clickhouse.usage_query import DIMENSIONS, Bucket
 from headrace.access import Permission
 from headrace.errors import InvalidRequest
 from ingress import guard
 from ingress.services import Services
-from ingress.usage import ANSWER, Accept, After, From, Limit, To, asked, rendered
+from ingress.usage import ANSWER, Accept, After, From, Limit, To, refusals, rendered
 
 router = guard.router(prefix="/admin", tags=["admin: usage"])
 
@@ -38,7 +40,11 @@ async def usage(
     """Requests, tokens, cost and mean durations; the dearest first. Money of different currencies is never added."""
     services: Services = request.app.state.services
     names = tuple(name.strip() for name in by.split(",") if name.strip())
-    query = asked(begin, end, bucket, by=names, where=filters(where or []), limit=limit, after=after)
+    wanted = filters(where or [])
+    with refusals():
+        query = usage_pages.asked(
+            begin, end, bucket, by=names, where=wanted, limit=limit, after=after, now=datetime.now(UTC)
+        )
     return rendered(query, await services.analytics.usage(query), form, accept)
 
 
