@@ -220,16 +220,19 @@ class Stack:
 
     def signal(self, name: str, number: signal.Signals) -> int:
         """Send a signal to one child's process; returns its process id."""
-        pid = self.pid(name)
-        assert pid, f"{name} does not run"
+        pid = self._running(name)
         os.kill(pid, number)
         return pid
 
     async def pause(self, name: str) -> int:
         """SIGSTOP one child's process; returns its process id once it stands."""
+        pid = self._running(name)
+        await freeze(psutil.Process(pid))
+        return pid
+
+    def _running(self, name: str) -> int:
         pid = self.pid(name)
         assert pid, f"{name} does not run"
-        await freeze(psutil.Process(pid))
         return pid
 
     async def killed(self, name: str) -> None:
